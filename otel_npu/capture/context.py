@@ -1,0 +1,91 @@
+"""Which trace a step belongs to, and which requests it is linked to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MAX_KINDS: Final = 64
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+SAMPLED: Final = 0x01
+
+
+class Ids(NamedTuple):
+    """The ids of a step that is kept as a trace. Raw bytes; an empty parent makes it a root."""
+
+    trace_id: bytes
+    span_id: bytes
+    parent_span_id: bytes
+
+
+def new_root() -> Ids:
+    """Ids of a new trace, from the operating system: a model's `random.seed()` must not repeat them."""
+    random = os.urandom(24)
+    return Ids(random[:16], random[16:], b"")
+
+
+def child_of(trace_id: bytes, parent_span_id: bytes) -> Ids:
+    """Ids of a new span in an existing trace."""
+    return Ids(trace_id, os.urandom(8), parent_span_id)
+
+
+class Limiter:
+    """Lets so many steps a second pass, of each kind, so that a rare kind is seen beside a frequent one."""
+
+    def __init__(self, per_second: float, now: Callable[[], int] = perf_counter_ns) -> None:
+        self._per_second = per_second
+        self._now = now
+        self._burst = max(1.0, per_second)
+        self._tokens: dict[str, tuple[float, int]] = {}
+
+    def allow(self, kind: str) -> bool:
+        """Whether a step of this kind may be a trace now."""
+        if self._per_second == 0:
+            return False
+        if self._per_second == float("inf"):
+            return True
+        now = self._now()
+        if kind not in self._tokens and len(self._tokens) >= _MAX_KINDS:
+            kind = ""  # the many share one allowance
+        tokens, then = self._tokens.get(kind, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - then) * 1e-9 * self._per_second)
+        allowed = tokens >= 1
+        self._tokens[kind] = (tokens - 1 if allowed else tokens, now)
+        return allowed
+
+
+def active_span() -> Any:
+    """The span context that the program's own OpenTelemetry has active here, or None."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return None
+    try:
+        span_context = trace.get_current_span().get_span_context()
+    except Exception:  # noqa: BLE001  half imported, or somebody's own span class: no parent, no harm
+        return None
+    return span_context if span_context.is_valid else None
+
+
+def link(request: Any) -> bytes | None:
+    """A request as a link: trace id, span id, flags, 25 bytes. None if it is not one.
+
+    Args:
+        request: A W3C traceparent, an OpenTelemetry span context, or a span.
+    """
+    if isinstance(request, str):
+        match = _TRACEPARENT.fullmatch(request.strip())
+        if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
+            return None
+        return bytes.fromhex(match[1] + match[2] + match[3])
+    try:
+        span_context = request.get_span_context() if hasattr(request, "get_span_context") else request
+        ids: bytes = span_context.trace_id.to_bytes(16, "big") + span_context.span_id.to_bytes(8, "big")
+        return ids + bytes([span_context.trace_flags & 0xFF]) if span_context.is_valid else None
+    except (AttributeError, OverflowError, TypeError):
+        return None

@@ -1,0 +1,288 @@
+"""What one traced process has: its device, its threads' states, its channel to the relay, and one idle thread."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_npu import devices, semconv
+from otel_npu.capture import context, hang
+from otel_npu.drops import REPORT_SECONDS, Drops
+from otel_npu.capture.resolver import Resolver
+from otel_npu.capture.stages import MAX_PENDING, Step, ThreadState
+from otel_npu.devices.cpu import Cpu
+from otel_npu.devices.pair import Pool
+from otel_npu.wire import frames
+from otel_npu.wire.channel import Channel
+from otel_npu.wire.link import RelayLink
+
+if TYPE_CHECKING:
+    from otel_npu.devices import Device
+    from otel_npu.settings import Settings
+
+_log = logging.getLogger("otel_npu")
+
+IDLE_SECONDS: Final = 0.02
+EXIT_SECONDS: Final = 2.0
+# At a step boundary the model's thread resolves at most so many steps: one for the step just closed, and some to
+# catch up after the device has been behind.
+_STEPS_PER_BOUNDARY: Final = 4
+_STEPS_PER_TICK: Final = 64
+_SLOW_TICKS: Final = 50  # what is done about once a second
+
+
+class _Local(threading.local):
+    """Gives each thread its state when it first asks for it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.state = ThreadState(recorder)
+
+
+class Recorder:
+    """Captures stages and steps, resolves them, and sends them.
+
+    Args:
+        settings: What was chosen.
+        device: The device to record on; None finds it by the settings once the program has initialised it.
+    """
+
+    def __init__(self, settings: Settings, device: Device | None = None) -> None:
+        self.settings = settings
+        self.drops = Drops()
+        self.step_numbers = itertools.count(1)
+        self.device: Device = device or Cpu()
+        self.device_is_open_question = device is None
+        self.running = True
+        self._pools: dict[tuple[int, int], Pool] = {}
+        self._states: list[ThreadState] = []
+        self._lock = threading.Lock()
+        self._limiter = context.Limiter(settings.steps_per_second)
+        self._instance_id = str(uuid.UUID(bytes=os.urandom(16), version=4))
+        self._channel = Channel(self._hello, self.drops)
+        self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
+        self._link = RelayLink(self._channel, settings, self.drops)
+        self._flushes = itertools.count(1)
+        self._flush_lock = threading.Lock()
+        self._stop = threading.Event()
+        self._idle_since: dict[ThreadState, int] = {}
+        self._next_drop_line = time.monotonic() + REPORT_SECONDS
+        self.local = _Local(self)
+        self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
+        self._thread.start()
+
+    # Called from the hot path.
+
+    def adopt(self, state: ThreadState) -> None:
+        """A thread captures for the first time."""
+        with self._lock:
+            self._states.append(state)
+
+    def pool(self, device_index: int) -> Pool:
+        """The event pairs of this device."""
+        key = (id(self.device), device_index)
+        with self._lock:
+            pool = self._pools.get(key)
+            if pool is None:
+                pool = self._pools[key] = Pool(self.device, device_index)
+        return pool
+
+    def choose(self, step: Step) -> context.Ids | None:
+        """Ids for a step that is kept as a trace, or None for one of which only the times count."""
+        outer = step.outer
+        if outer is not None:
+            return None if outer.ids is None else context.child_of(outer.ids.trace_id, outer.ids.span_id)
+        active = context.active_span()
+        if active is not None:
+            if not active.trace_flags & context.SAMPLED or not self._limiter.allow(step.kind):
+                return None
+            return context.child_of(active.trace_id.to_bytes(16, "big"), active.span_id.to_bytes(8, "big"))
+        if self.settings.root_traces and self._limiter.allow(step.kind):
+            return context.new_root()
+        return None
+
+    def step_closed(self, state: ThreadState, step: Step) -> None:
+        """A step boundary: the step waits for the device; older ones that it has finished are resolved."""
+        if len(state.pending) >= MAX_PENDING:
+            self.drops.add(semconv.BACKLOG_FULL)
+            return
+        state.pending.append(step)
+        state.boundaries += 1
+        if state.lock.acquire(blocking=False):
+            try:
+                self._resolver.resolve(state, _STEPS_PER_BOUNDARY)
+            except Exception:
+                self._own_fault()
+            finally:
+                state.lock.release()
+
+    def settle_device(self) -> None:
+        """Look again for the device, as long as the program has not initialised it."""
+        try:
+            device = devices.find(self.settings.device)
+        except Exception as error:  # noqa: BLE001  ours, whatever it is, and never the model's
+            _log.error("OTEL_NPU_DEVICE=%r: %s; tracing is off", self.settings.device, error)  # noqa: TRY400
+            self.device_is_open_question = False
+            self.stop_capture()
+            return
+        if device is None:
+            return
+        self.device = device
+        self.device_is_open_question = False
+        self._channel.greet_again()
+        with self._lock:
+            states = list(self._states)
+        for state in states:
+            state.use_device()
+
+    def stop_for_the_models_error(self) -> None:
+        """`record()` raised: torch hands a failed launch to whoever enqueues next. It goes on to the model."""
+        _log.warning(
+            "recording an event raised the error of an earlier launch, or the device's own; it is passed on to "
+            "the program, and tracing is off from here"
+        )
+        self.stop_capture()
+
+    # Lifecycle.
+
+    def stop_capture(self) -> None:
+        """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
+        from otel_npu.capture import switch  # noqa: PLC0415  the switch imports this module
+
+        switch.turn_off(self)
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Resolve and export what was captured so far; whether all of it was, in time."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._flush_lock:
+            while not self._resolved_and_sent():
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.001)
+            number = next(self._flushes)
+            left_seconds = deadline - time.monotonic()
+            self._channel.send(frames.encode(frames.Flush(number, left_seconds)))
+            while (left_seconds := deadline - time.monotonic()) > 0:
+                answer = self._channel.receive(left_seconds)
+                if not answer:
+                    return False
+                flushed = frames.decode_flushed(answer)
+                if flushed.number == number:
+                    return flushed.complete
+            return False
+
+    def close(self, timeout_seconds: float = EXIT_SECONDS) -> None:
+        """Flush, then let the relay go. Waits at most this long."""
+        deadline = time.monotonic() + timeout_seconds
+        self.running = False
+        self.flush(timeout_seconds)
+        self._stop.set()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._link.close(max(0.0, deadline - time.monotonic()))
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection, without a word and without its locks."""
+        self._channel.abandon()
+
+    # The idle thread.
+
+    def _run(self) -> None:
+        for tick in itertools.count():
+            try:
+                self._link.keep()
+                self._resolve_idle()
+                self._channel.drain()
+                if tick % _SLOW_TICKS == 0:
+                    self._watch()
+            except Exception:  # noqa: BLE001
+                self._own_fault()
+            if self._stop.wait(IDLE_SECONDS):
+                return
+
+    def _resolve_idle(self) -> None:
+        """Resolve for the threads that closed no step since the last time."""
+        with self._lock:
+            states = list(self._states)
+        for state in states:
+            if state.pending and self._idle_since.get(state) == state.boundaries:
+                self._resolve_for(state)
+            self._idle_since[state] = state.boundaries
+
+    def _resolve_for(self, state: ThreadState) -> None:
+        if state.lock.acquire(blocking=False):
+            try:
+                adopted = _pool_of(state.pending[0]) if state.pending else None
+                if adopted is not None:
+                    adopted.device.adopt_thread(adopted.device_index)
+                self._resolver.resolve(state, _STEPS_PER_TICK)
+            finally:
+                state.lock.release()
+
+    def _resolved_and_sent(self) -> bool:
+        with self._lock:
+            states = list(self._states)
+        for state in states:
+            if state.pending:
+                self._resolve_for(state)
+        self._channel.drain()
+        return self._channel.connected and self._channel.empty and not any(state.pending for state in states)
+
+    def _watch(self) -> None:
+        with self._lock:
+            states = list(self._states)
+            # A thread that has ended and left nothing behind is forgotten.
+            self._states = [state for state in states if state.pending or _alive(state)]
+            kept = set(map(id, self._states))
+        for state in states:
+            if id(state) not in kept:
+                self._idle_since.pop(state, None)
+            elif state.lock.acquire(blocking=False):
+                try:
+                    hang.watch(state, self.settings.hang_seconds, self._channel, self.drops)
+                finally:
+                    state.lock.release()
+        if time.monotonic() >= self._next_drop_line:
+            self._next_drop_line = time.monotonic() + REPORT_SECONDS
+            line = self.drops.take_line()
+            if line:
+                _log.warning("left out in the last minute: %s", line)
+
+    def _own_fault(self) -> None:
+        self.drops.add(semconv.INTERNAL_ERROR)
+        _log.debug("a fault of otel-npu's own; the program is not affected", exc_info=True)
+
+    def _hello(self) -> frames.Hello:
+        return frames.Hello(
+            protocol=frames.PROTOCOL,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            instance_id=self._instance_id,
+            executable=sys.executable or "",
+            service_name=os.environ.get("OTEL_SERVICE_NAME", ""),
+            resource_attributes=os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""),
+            device_kind=self.device.kind,
+            device_name=self._device_name(),
+            device_resolution_ns=self.device.resolution_ns,
+        )
+
+    def _device_name(self) -> str:
+        try:
+            return self.device.name(0)
+        except Exception:  # noqa: BLE001  a nameless device is still a device
+            return ""
+
+
+def _pool_of(step: Step) -> Pool | None:
+    return next((stage.pool for stage in step.stages if stage.pair is not None), None)
+
+
+def _alive(state: ThreadState) -> bool:
+    thread: Any = state.thread()
+    return thread is not None and thread.is_alive()

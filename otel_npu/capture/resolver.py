@@ -1,0 +1,210 @@
+"""Deferred resolution: a step that the device has finished is read, turned into a frame and sent.
+
+Nothing here waits for the device. A step that is not done is left for the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_npu import semconv
+from otel_npu.capture import context
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from otel_npu.drops import Drops
+    from otel_npu.capture.stages import Stage, Step, ThreadState
+    from otel_npu.devices.pair import Pool
+    from otel_npu.wire.channel import Channel
+
+_log = logging.getLogger("otel_npu")
+
+MAX_TEXT: Final = 4096
+_INT64: Final = 1 << 63
+
+
+class Resolver:
+    """Reads finished steps and sends them.
+
+    Args:
+        channel: Where frames go.
+        drops: Where what could not be read is counted, and whose counts travel with the frames.
+        log_stages: Whether each step is logged as one line.
+    """
+
+    def __init__(self, channel: Channel, drops: Drops, *, log_stages: bool) -> None:
+        self._channel = channel
+        self._drops = drops
+        self._log_stages = log_stages
+
+    def resolve(self, state: ThreadState, most: int) -> int:
+        """Resolve up to so many of the thread's oldest steps; how many were done. Hold the state's lock."""
+        pending = state.pending
+        resolved = 0
+        while pending and resolved < most:
+            step = pending[0]
+            try:
+                if not step.ready():
+                    break
+            except Exception:  # a device that fails a query fails the model too, and says so there
+                _log.debug("a query failed", exc_info=True)
+                give_up(step, self._drops)
+            pending.popleft()
+            self._finish(step)
+            resolved += 1
+        return resolved
+
+    def _finish(self, step: Step) -> None:
+        seen_ns = perf_counter_ns()
+        stages = step.stages
+        if step.one_stream:
+            if stages:
+                self._read(stages[0].pool, stages)
+        else:
+            pools: dict[int, list[Stage]] = {}
+            for stage in stages:
+                pools.setdefault(id(stage.pool), []).append(stage)
+            for group in pools.values():
+                self._read(group[0].pool, group)
+        self._channel.send(frames.encode(self._frame(step, seen_ns)))
+        if self._log_stages and not step.bare:
+            _log_line(step)
+        if step.hang_reported:
+            _log.warning(
+                "step %d (%s) has finished after all, %.1f s after it began",
+                step.number,
+                step.kind or "step",
+                (seen_ns - step.opened_ns) * 1e-9,
+            )
+        # The step and its stages refer to each other; let them go without the garbage collector.
+        step.stages = []
+        step.last = None
+
+    def _read(self, pool: Pool, stages: list[Stage]) -> None:
+        """Give the stages their device times and their pairs back to the pool."""
+        timed = [stage for stage in stages if stage.pair is not None]
+        if not timed:
+            return
+        pairs = [stage.pair for stage in timed if stage.pair is not None]
+        read = pool.device.read
+        try:
+            times: list[Any] = read(pool.device_index, pairs)
+        except Exception:
+            _log.debug("reading %d event pairs failed", len(pairs), exc_info=True)
+            times = []
+            for pair in pairs:  # one bad event must not cost the others their times
+                try:
+                    times += read(pool.device_index, [pair])
+                except Exception:  # noqa: BLE001  counted below
+                    times.append(None)
+        unreadable = 0
+        host_clock = pool.device.host_clock
+        for stage, time in zip(timed, times, strict=True):
+            # An end before its start is an old timing: the end was recorded into a graph.
+            if time is None or time[1] < 0:
+                unreadable += 1
+            else:
+                stage.device_ns = None if host_clock else time[0]
+                stage.duration_ns = time[1]
+        if unreadable:
+            self._drops.add(semconv.TIMES_UNREADABLE, unreadable)
+        for stage in timed:
+            stage.pair = None
+        pool.free.extend(pairs)
+
+    def _frame(self, step: Step, seen_ns: int) -> frames.Step:
+        stages = []
+        for index, stage in enumerate(step.stages):
+            stage.index = index
+            if stage.duration_ns is None:
+                stage.duration_ns = stage.exited_ns - stage.entered_ns
+            stages.append(
+                frames.Stage(
+                    stage.name,
+                    -1 if stage.parent is None else stage.parent.index,
+                    stage.entered_ns,
+                    stage.exited_ns,
+                    stage.device_ns,
+                    stage.duration_ns,
+                    stage.pool.device_index,
+                    stage.stream.stream_id,
+                    None if stage.error is None else stage.error.__qualname__,
+                    self._attributes(stage.attributes) if stage.attributes else None,
+                )
+            )
+        ids = step.ids or _NO_IDS
+        return frames.Step(
+            ids.trace_id,
+            ids.span_id,
+            ids.parent_span_id,
+            step.bare,
+            step.number,
+            step.kind,
+            step.opened_ns,
+            step.closed_ns,
+            seen_ns,
+            None if step.error is None else step.error.__qualname__,
+            self._attributes(step.attributes) if step.attributes else None,
+            self._links(step) if step.requests and step.ids is not None else [],
+            self._drops.take_unsent(),
+            stages,
+        )
+
+    def _links(self, step: Step) -> list[bytes]:
+        links = [context.link(request) for request in step.requests]
+        good = [link for link in links if link is not None]
+        if len(good) < len(links):
+            self._drops.add(semconv.BAD_LINK, len(links) - len(good))
+        return good
+
+    def _attributes(self, attributes: dict[str, Any]) -> frames.Attributes:
+        good: frames.Attributes = {}
+        for key, value in attributes.items():
+            clean = _clean(value)
+            if clean is None:
+                self._drops.add(semconv.BAD_ATTRIBUTE)
+            else:
+                good[key] = clean
+        return good
+
+
+_NO_IDS: Final = context.Ids(b"", b"", b"")
+
+
+def give_up(step: Step, drops: Drops) -> None:
+    """Let the step go with its host times: its events can't be asked, or a stage of it never ends."""
+    for stage in step.stages:
+        if not stage.exited_ns:
+            stage.exited_ns = max(step.closed_ns, stage.entered_ns)
+            stage.step = None  # its exit, should it come, finds nothing to do
+        if stage.pair is not None:
+            stage.pool.free.append(stage.pair)
+            stage.pair = None
+            drops.add(semconv.TIMES_UNREADABLE)
+
+
+def _clean(value: Any) -> frames.AttributeValue | None:
+    """The value if a span can carry it. Nothing else is converted: `str()` of a tensor waits for the device."""
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    if isinstance(value, bool | float):
+        return value
+    if isinstance(value, int):
+        return int(value) if -_INT64 <= value < _INT64 else None
+    if isinstance(value, list | tuple):
+        items = [_clean(item) for item in value]
+        if len({type(item) for item in items}) == 1 and not isinstance(items[0], list | None):
+            return items  # type: ignore[return-value]
+        return [] if not items else None
+    return None
+
+
+def _log_line(step: Step) -> None:
+    durations: dict[str, int] = {}
+    for stage in reversed(step.stages):  # the last first, as vllm-ascend printed them
+        durations[stage.name] = durations.get(stage.name, 0) + (stage.duration_ns or 0)
+    if durations:
+        tags = " ".join(f"[{name}]:{duration_ns * 1e-6:.2f}ms" for name, duration_ns in durations.items())
+        _log.info("Profile execute duration [%s]: %s", (step.kind or "step").capitalize(), tags)

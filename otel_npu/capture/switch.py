@@ -1,0 +1,228 @@
+"""Off and on: the public functions, and the one recorder behind them while tracing is on."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_npu.capture.off import OffStage, OffStep
+from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
+from otel_npu.capture.stages import Stage, Step
+from otel_npu.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from otel_npu.devices import Device
+
+_log = logging.getLogger("otel_npu")
+
+_MAX_OFF_STAGES: Final = 1024
+_OFF_STEP: Final = OffStep()
+
+_recorder: Recorder | None = None
+_decided = False
+"""Whether it is settled that tracing is on or off; the first stage or step settles it by the environment."""
+_forked_from: Settings | None = None
+"""In a forked child, until it captures: what tracing was like in its parent."""
+_off_stages: dict[str, OffStage] = {}
+_closing: list[Recorder] = []
+_inherited: list[object] = []
+_lock = threading.RLock()
+
+
+def stage(name: str, /, **attributes: Any) -> Stage | OffStage:
+    """A stage of inference: the time on the device's stream between entering and leaving.
+
+    A context manager, or a decorator of a function or coroutine function. What it measures are two events on the
+    current stream, waits included: it is not how long the device was busy. A stage inside another is its child; one
+    outside of any step is a trace of its own. An exception passes through and marks the stage.
+
+    Args:
+        name: The stage's name, such as `forward`. Few different ones: the name groups spans.
+        attributes: Attributes of the span: strings, numbers, flags, or lists of one of these.
+    """
+    recorder = _recorder
+    if recorder is not None:
+        return Stage(recorder, name, attributes)
+    if not _decided and _decide():
+        return stage(name, **attributes)
+    if attributes:
+        return OffStage(lambda: stage(name, **attributes))
+    return _off_stages.get(name) or _off_stage(name)
+
+
+def step(kind: str = "", /, *, requests: Sequence[Any] = (), **attributes: Any) -> Step | OffStep:
+    """A step of inference, to which the stages inside belong: a trace of its own, or part of the active one.
+
+    A context manager, or `handle = step(...).open()` and later `handle.close()`.
+
+    Args:
+        kind: What the step does, such as `prefill`, `decode`, `mixed` or `dummy`. Traces are kept at
+            `OTEL_NPU_STEPS_PER_SECOND` for each kind.
+        requests: The requests that the step serves, each a W3C traceparent, an OpenTelemetry span or a span
+            context; the step is linked to them.
+        attributes: Attributes of the span, as for `stage`.
+    """
+    recorder = _recorder
+    if recorder is not None:
+        return Step(recorder, kind, requests, attributes)
+    if not _decided and _decide():
+        return step(kind, requests=requests, **attributes)
+    return _OFF_STEP
+
+
+def enable(settings: Settings | None = None) -> bool:
+    """Turn tracing on; whether it is on now. Where it is on already nothing changes.
+
+    Args:
+        settings: What to choose. Without them the environment is read, but for `OTEL_NPU_ENABLED`; a bad variable
+            is one line in the log, and tracing stays off.
+    """
+    return _turn_on(settings, None)
+
+
+def disable() -> None:
+    """Turn tracing off. What was captured is still exported; this waits for it, at most 2 seconds."""
+    global _decided  # noqa: PLW0603
+    with _lock:
+        _decided = True
+        recorder = _recorder
+    if recorder is not None:
+        turn_off(recorder)
+    _close_all()
+
+
+def flush(timeout_seconds: float = 5.0) -> bool:
+    """Resolve and export what was captured so far.
+
+    Waits for the device to finish the steps that are closed, without synchronising it, and for the relay.
+
+    Args:
+        timeout_seconds: How long this may take.
+
+    Returns:
+        Whether all of it was exported in time. True when tracing is off: there is nothing.
+    """
+    recorder = _recorder
+    return True if recorder is None else recorder.flush(timeout_seconds)
+
+
+def current_recorder() -> Recorder | None:
+    """The recorder, deciding first whether there is one."""
+    if _recorder is None and not _decided:
+        _decide()
+    return _recorder
+
+
+def enable_on(device: Device, settings: Settings) -> None:
+    """Turn tracing on with a device that is already at hand, such as a simulated one."""
+    _turn_on(settings, device)
+
+
+def turn_off(recorder: Recorder) -> None:
+    """Capture nothing any more with this recorder."""
+    global _recorder  # noqa: PLW0603
+    with _lock:
+        if _recorder is recorder:
+            _recorder = None
+            _closing.append(recorder)
+
+
+def _decide() -> bool:
+    """Settle by the environment whether tracing is on; whether it is."""
+    global _decided, _forked_from  # noqa: PLW0603
+    with _lock:
+        if _decided:
+            return _recorder is not None
+        _decided = True
+        if _forked_from is not None:
+            settings, _forked_from = _forked_from, None
+            return _turn_on(settings, None)
+        try:
+            settings = Settings.from_environment()
+        except SettingsError as error:
+            _log.error("%s; tracing is off", error)  # noqa: TRY400
+            return False
+        return settings.enabled and _turn_on(settings, None)
+
+
+def _turn_on(settings: Settings | None, device: Device | None) -> bool:
+    global _recorder, _decided  # noqa: PLW0603
+    with _lock:
+        _decided = True
+        if _recorder is not None:
+            return True
+        try:
+            if settings is None:
+                settings = Settings.from_environment()
+            _recorder = Recorder(settings, device)
+        except SettingsError as error:
+            _log.error("%s; tracing is off", error)  # noqa: TRY400
+            return False
+        except Exception:
+            _log.exception("tracing could not start and is off; the program is not affected")
+            return False
+        if settings.log_stages:
+            _make_visible()
+        _close_at_exit()
+    return True
+
+
+def _off_stage(name: str) -> OffStage:
+    off = OffStage(lambda: stage(name))
+    if len(_off_stages) < _MAX_OFF_STAGES:
+        _off_stages[name] = off
+    return off
+
+
+def _make_visible() -> None:
+    """Lines that were asked for must not be lost because nobody has set up logging."""
+    if not _log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
+        _log.addHandler(handler)
+    if not _log.isEnabledFor(logging.INFO):
+        _log.setLevel(logging.INFO)
+
+
+def _close_all() -> None:
+    while _closing:
+        _closing.pop().close(EXIT_SECONDS)
+
+
+def _at_exit() -> None:
+    recorder = _recorder
+    if recorder is not None:
+        turn_off(recorder)
+    _close_all()
+
+
+def _close_at_exit() -> None:
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)  # the last to register is the first to run: before torch_npu shuts the device down
+    multiprocessing_util = sys.modules.get("multiprocessing.util")
+    if multiprocessing_util is not None and sys.modules["multiprocessing"].parent_process() is not None:
+        # A forked child of multiprocessing leaves by os._exit, past atexit.
+        multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
+
+
+def _after_fork_in_child() -> None:
+    """The child begins anew: threads, locks, sockets and device events are its parent's."""
+    global _recorder, _decided, _forked_from, _lock  # noqa: PLW0603
+    _lock = threading.RLock()
+    parent = _recorder
+    if parent is not None:
+        _recorder, _decided, _forked_from = None, False, parent.settings
+        parent.abandon()
+        # Never destroyed: its events belong to a device context that this process does not have.
+        _inherited.append(parent)
+    _inherited.extend(_closing)
+    _closing.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

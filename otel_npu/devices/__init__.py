@@ -1,0 +1,99 @@
+"""Kinds of devices: what records an event, says whether it is done, and reads when it happened.
+
+Each kind is one small class in a module of its own. All of them answer to `Device`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from otel_npu.devices.pair import Pair
+
+
+class Times(Protocol):
+    """Reads event pairs; every pair is of the same device and known to be done."""
+
+    def __call__(self, device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+        """Start and duration of each pair, in nanoseconds of the device's own clock.
+
+        Raises:
+            OSError, RuntimeError: The device's times can't be read.
+        """
+
+
+class Device(Protocol):
+    """One kind of device; a process may use several of a kind, told apart by their index."""
+
+    kind: str
+    """The torch device type, or `cpu` or `simulated`."""
+
+    host_clock: bool
+    """Whether its times are the host's own: then nothing has to be placed."""
+
+    resolution_ns: int
+    """A device time stands for an instant in [time, time + resolution)."""
+
+    pool_pairs: int
+    """How many event pairs may exist on each device; far below the event ids that the hardware has."""
+
+    current_stream: Callable[[], Any]
+    """The calling thread's current stream, with `device_index` and `stream_id`. Called for every stage."""
+
+    read: Times
+
+    def new_event(self, device_index: int) -> Any:
+        """An event with timing, with `record(stream)`, `query()` and `synchronize()`."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph. Asked on side streams only."""
+
+    def adopt_thread(self, device_index: int) -> None:
+        """Make the calling thread fit to query and read events of this device."""
+
+    def name(self, device_index: int) -> str:
+        """The device's model, or an empty string."""
+
+
+def find(kind: str) -> Device | None:
+    """The device of this kind, once it can be used without side effects; None while it can't.
+
+    An accelerator counts only when the program itself has initialised it: recording an event before that
+    would choose a device on the program's behalf.
+
+    Raises:
+        ValueError: There can be no such device in this process; the text says why.
+    """
+    if kind == "cpu":
+        from otel_npu.devices.cpu import Cpu  # noqa: PLC0415
+
+        return Cpu()
+    if kind == "simulated":
+        from otel_npu.devices.simulated import default_device  # noqa: PLC0415
+
+        return default_device()
+    torch = sys.modules.get("torch")
+    accelerator = _accelerator(torch)
+    if accelerator is None:
+        return find("cpu") if kind == "auto" and hasattr(torch, "accelerator") else None
+    if kind not in ("auto", accelerator):
+        raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
+    if not getattr(torch, accelerator).is_initialized():
+        return None
+    if accelerator == "npu":
+        from otel_npu.devices.npu import Npu  # noqa: PLC0415
+
+        return Npu.open()
+    from otel_npu.devices.torch_event import TorchEvents  # noqa: PLC0415
+
+    return TorchEvents(accelerator)
+
+
+def _accelerator(torch: Any) -> str | None:
+    accelerator = getattr(torch, "accelerator", None)  # absent while torch is still being imported
+    # What torch was built for: asking whether one is there could initialise it, and so spoil a later fork.
+    current = accelerator.current_accelerator() if accelerator is not None else None
+    return None if current is None else str(current.type)

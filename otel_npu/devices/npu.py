@@ -1,0 +1,107 @@
+"""Ascend NPUs through torch_npu: generic events, read by their raw handles.
+
+`Event.elapsed_time()` and `Event.recorded_time()` first drain the host's task queue and synchronise both events,
+with the GIL held, even for events that are done. So a finished pair is read from the ACL library itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from otel_npu.devices.pair import Pair
+
+_ACL_SUCCESS: Final = 0
+# Event ids a device: 65536 on A2/A3, 1023 on 310P; a record may block when they run out, so stay far below.
+_POOL_PAIRS: Final = 1024
+_POOL_PAIRS_310: Final = 64
+
+
+class Npu:
+    """`Device` on torch_npu."""
+
+    kind = "npu"
+    host_clock = False
+    # aclrtEventGetTimestamp divides the device's ticks down to whole microseconds.
+    resolution_ns = 1000
+
+    def __init__(self, torch: Any, acl: ctypes.CDLL | None) -> None:
+        self._torch = torch
+        self._acl = acl
+        # 0.13 us; torch.npu.current_stream() takes 11.
+        self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)
+        self.capturing = torch.npu.is_current_stream_capturing
+        self.pool_pairs = _POOL_PAIRS_310 if "310" in self.name(0) else _POOL_PAIRS
+        self._microseconds = ctypes.c_uint64()
+        self._milliseconds = ctypes.c_float()
+        if acl is not None:
+            acl.aclrtEventGetTimestamp.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+            acl.aclrtEventElapsedTime.argtypes = [ctypes.c_void_p] * 3
+
+    @classmethod
+    def open(cls) -> Npu:
+        """The NPUs of this process, which has initialised them."""
+        import torch  # noqa: PLC0415
+        import torch_npu  # noqa: F401, PLC0415
+
+        try:
+            # Loaded long since by torch_npu; opened by soname it is the same one. Held under the GIL: the calls
+            # take less time than giving it away does.
+            acl = ctypes.PyDLL("libascendcl.so")
+            acl.aclrtEventGetTimestamp, acl.aclrtEventElapsedTime  # noqa: B018
+        except (OSError, AttributeError):
+            acl = None
+        return cls(torch, acl)
+
+    def new_event(self, device_index: int) -> Any:
+        """A generic event with timing. The ACL event behind it is made at its first record."""
+        return self._torch.Event(device=f"npu:{device_index}", enable_timing=True)
+
+    def adopt_thread(self, device_index: int) -> None:
+        """Set the device: a thread that never did would open a stray context on device 0."""
+        self._torch.npu.set_device(device_index)
+
+    def name(self, device_index: int) -> str:
+        """The chip, such as Ascend910B3."""
+        return str(self._torch.npu.get_device_name(device_index))
+
+    def read(self, _device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+        """Start and duration of each pair, in nanoseconds since the device's start.
+
+        One timestamp (whole microseconds) places the step; within it everything is measured by elapsed times
+        (device ticks, 20 ns on 910B), so that the stages of a step lie exactly as they ran.
+
+        Raises:
+            OSError: The ACL library is out of reach, or it reports an error for one of the events.
+        """
+        if self._acl is None:
+            raise OSError("libascendcl.so can't be opened, so event times can't be read")
+        elapsed, milliseconds = self._acl.aclrtEventElapsedTime, self._milliseconds
+        pointer = ctypes.addressof(milliseconds)
+        times: list[tuple[int, int]] = []
+        anchor = anchor_ns = 0
+        for pair in pairs:
+            if pair.handles is None:
+                pair.handles = (pair.start.event_id, pair.end.event_id)
+            start, end = pair.handles
+            if not anchor:
+                anchor = start
+                self._check(
+                    self._acl.aclrtEventGetTimestamp(anchor, ctypes.addressof(self._microseconds)),
+                    "aclrtEventGetTimestamp",
+                )
+                anchor_ns = self._microseconds.value * 1000
+            self._check(elapsed(pointer, anchor, start), "aclrtEventElapsedTime")
+            start_ns = anchor_ns + round(milliseconds.value * 1e6)
+            self._check(elapsed(pointer, start, end), "aclrtEventElapsedTime")
+            times.append((start_ns, round(milliseconds.value * 1e6)))
+        return times
+
+    @staticmethod
+    def _check(error: int, call: str) -> None:
+        if error != _ACL_SUCCESS:
+            raise OSError(error, f"{call} failed")

@@ -1,0 +1,80 @@
+"""Any other torch accelerator, through torch's own API: elapsed times from a reference event."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from otel_npu.devices.pair import Pair
+
+# torch gives elapsed time as float milliseconds, on most devices of float32 precision: up to 4 s apart the steps
+# between two values are below half a microsecond.
+_RENEW_NS: Final = 4_000_000_000
+
+
+class _Reference(NamedTuple):
+    """The event that device times are counted from: done, and not recorded again while it serves."""
+
+    event: Any
+    origin_ns: int
+
+
+class TorchEvents:
+    """`Device` on the generic `torch.Event`. Its clock starts at the first event that is read."""
+
+    host_clock = False
+    resolution_ns = 1
+    pool_pairs = 1024
+
+    def __init__(self, kind: str) -> None:
+        import torch  # noqa: PLC0415
+
+        self.kind = kind
+        self._torch = torch
+        self._module = getattr(torch, kind)
+        self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)
+        self.capturing = getattr(self._module, "is_current_stream_capturing", lambda: False)
+        self._references: dict[int, _Reference] = {}
+
+    def new_event(self, device_index: int) -> Any:
+        """A generic event with timing."""
+        return self._torch.Event(device=f"{self.kind}:{device_index}", enable_timing=True)
+
+    def adopt_thread(self, device_index: int) -> None:
+        """Set the thread's device."""
+        self._torch.accelerator.set_device_index(device_index)
+
+    def name(self, device_index: int) -> str:
+        """The device's model where its torch module says it."""
+        get_name = getattr(self._module, "get_device_name", None)
+        return str(get_name(device_index)) if get_name else ""
+
+    def read(self, device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+        """Start and duration of each pair, in nanoseconds since the device's first event was read.
+
+        Raises:
+            RuntimeError: torch reports an error for one of the events.
+        """
+        first = pairs[0]
+        reference = self._references.get(device_index)
+        if reference is None:
+            reference = self._references[device_index] = _Reference(first.start, 0)
+        times = [
+            (reference.origin_ns + _nanoseconds(reference.event, pair.start), _nanoseconds(pair.start, pair.end))
+            for pair in pairs
+        ]
+        if first.start is reference.event:
+            first.replace_start(self.new_event(device_index))
+        elif times[0][0] - reference.origin_ns > _RENEW_NS:
+            # The newest start becomes the reference, and the old one takes its place in the pair: nothing waits,
+            # and no event is made.
+            self._references[device_index] = _Reference(first.start, times[0][0])
+            first.replace_start(reference.event)
+        return times
+
+
+def _nanoseconds(start: Any, end: Any) -> int:
+    return round(start.elapsed_time(end) * 1e6)

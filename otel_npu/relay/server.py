@@ -1,0 +1,246 @@
+"""The relay's loop: takes connections, reads frames, hands spans to the exporter, answers flushes."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from otel_npu import semconv
+from otel_npu.drops import REPORT_SECONDS, Drops
+from otel_npu.relay.assembler import Assembler, span_limits
+from otel_npu.relay.export import ExportError, ExportQueue, exporters_from_environment
+from otel_npu.relay.wall import WallClock
+from otel_npu.wire import frames, rendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_log = logging.getLogger("otel_npu.relay")
+
+_TICK_SECONDS: Final = 0.5
+_FIRST_CLIENT_SECONDS: Final = 10.0
+_FRAMES_PER_TURN: Final = 256
+DRAIN_SECONDS: Final = 5.0
+_MAX_FLUSH_SECONDS: Final = 60.0
+_WAKE: Final = b"\0"
+
+
+class _Client:
+    """One connection: until it has said hello, nobody."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.assembler: Assembler | None = None
+
+
+class Server:
+    """Serves the processes of one session.
+
+    Args:
+        exporters: Where spans go.
+        listener: Takes new connections; without one the server has only the clients it is given.
+        stay: Whether to go on when the last client has gone, as a relay in a container of its own does.
+    """
+
+    def __init__(
+        self, exporters: Sequence[SpanExporter], listener: socket.socket | None = None, *, stay: bool = False
+    ) -> None:
+        self._drops = Drops()
+        self._export = ExportQueue(exporters, self._drops)
+        self._listener = listener
+        self._stay = stay
+        self._wall = WallClock()
+        self._limits = span_limits()
+        self._clients: dict[int, _Client] = {}
+        self._selector = selectors.DefaultSelector()
+        self._buffer = bytearray(frames.MAX_FRAME_BYTES)
+        self._view = memoryview(self._buffer)
+        self._started = time.monotonic()
+        self._had_clients = False
+        self._stopping = False
+        self._next_drop_line = time.monotonic() + REPORT_SECONDS
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        if listener is not None:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ)
+
+    @classmethod
+    def from_environment(cls, listener: socket.socket | None = None, *, stay: bool = False) -> Server:
+        """A server with the exporters that the environment names. If it names a bad one, nothing is exported."""
+        try:
+            exporters = exporters_from_environment()
+        except ExportError as error:
+            _log.error("%s; no spans are exported", error)  # noqa: TRY400
+            exporters = []
+        except Exception:
+            _log.exception("the exporter could not be made; no spans are exported")
+            exporters = []
+        return cls(exporters, listener, stay=stay)
+
+    def add_client(self, connection: socket.socket) -> None:
+        """Serve this connection too."""
+        connection.setblocking(False)
+        self._clients[connection.fileno()] = _Client(connection)
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._had_clients = True
+
+    def stop(self) -> None:
+        """Read what is there, export it, and end. Safe in a signal handler and from other threads."""
+        self._stopping = True
+        try:
+            self._wake_writer.send(_WAKE)
+        except OSError:
+            pass  # it has been woken, or it has ended
+
+    def run(self, leave: Callable[[], None] = lambda: None) -> None:
+        """Serve until there is nobody left to serve, or until stopped; then read and export what is there.
+
+        Args:
+            leave: Takes the listening socket's name away, so that from then on whoever needs a relay starts another.
+        """
+        left = False
+        while not self._stopping:
+            if self._deserted():
+                if not left:
+                    leave()
+                    left = True
+                if not self.accept_waiting():
+                    break
+            self._turn(_TICK_SECONDS)
+        if not left:
+            leave()
+        self.accept_waiting()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._turn(0.0) and time.monotonic() < deadline:
+            pass
+        self._export.close(DRAIN_SECONDS)
+        self._log_drops()
+        for client in list(self._clients.values()):
+            self._part(client)
+        self._selector.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def accept_waiting(self) -> bool:
+        """Take the connections that wait; whether there is anybody to serve."""
+        while self._listener is not None and self._accept():
+            pass
+        return bool(self._clients)
+
+    def _deserted(self) -> bool:
+        if self._clients or self._stay:
+            return False
+        return self._had_clients or time.monotonic() - self._started > _FIRST_CLIENT_SECONDS
+
+    def _turn(self, wait_seconds: float) -> bool:
+        """Handle what is there; whether there was anything."""
+        ready = self._selector.select(wait_seconds)
+        for key, _ in ready:
+            if key.fileobj is self._listener:
+                self.accept_waiting()
+            elif key.fileobj is self._wake_reader:
+                self._wake_reader.recv(64)
+            else:
+                client = self._clients.get(key.fd)
+                if client is not None:
+                    self._read(client)
+        if time.monotonic() >= self._next_drop_line:
+            self._next_drop_line = time.monotonic() + REPORT_SECONDS
+            self._log_drops()
+        return bool(ready)
+
+    def _accept(self) -> bool:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
+        try:
+            rendezvous.check_peer(connection)
+        except OSError as error:
+            _log.warning("refused a connection: %s", error)
+            connection.close()
+        else:
+            self.add_client(connection)
+        return True
+
+    def _read(self, client: _Client) -> None:
+        for _ in range(_FRAMES_PER_TURN):  # then it is somebody else's turn
+            try:
+                length, _, flags, _ = client.connection.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                length, flags = 0, 0
+            if not length:
+                self._part(client)
+                return
+            if flags & socket.MSG_TRUNC:
+                self._bad_frame(client, "longer than frames may be")
+                continue
+            try:
+                frame = frames.decode_frame(self._view[:length])
+                self._handle(client, frame)
+            except (msgspec.MsgspecError, ValueError) as error:
+                self._bad_frame(client, str(error))
+            except Exception:
+                self._drops.add(semconv.INTERNAL_ERROR)
+                _log.exception("a fault of otel-npu's own; the frame is lost")
+
+    def _handle(self, client: _Client, frame: frames.Frame) -> None:
+        if isinstance(frame, frames.Hello):
+            if frame.protocol != frames.PROTOCOL:
+                raise ValueError(f"protocol {frame.protocol} from process {frame.pid}, this relay has {frames.PROTOCOL}")
+            assembler = Assembler(frame, self._wall, self._limits)
+            assembler.replaces(client.assembler)
+            client.assembler = assembler
+        elif isinstance(frame, frames.Flush):
+            self._flush(client, frame)
+        elif client.assembler is None:
+            raise ValueError("a frame before the hello")
+        elif isinstance(frame, frames.Unfinished):
+            self._export.put([client.assembler.unfinished(frame)])
+        else:
+            client.assembler.count_drops(self._drops.take_unsent())
+            self._export.put(client.assembler.step(frame))
+
+    def _flush(self, client: _Client, frame: frames.Flush) -> None:
+        """Answer when the exporter is done, from a thread of its own: others must not wait meanwhile."""
+        accepted = self._export.accepted()
+        connection = client.connection.dup()
+
+        def answer() -> None:
+            complete = self._export.flush(accepted, min(frame.timeout_seconds, _MAX_FLUSH_SECONDS))
+            with connection:
+                try:
+                    connection.send(frames.encode(frames.Flushed(frame.number, complete)), socket.MSG_NOSIGNAL)
+                except OSError:
+                    _log.debug("nobody waits for the flush any more")
+
+        threading.Thread(target=answer, name="otel-npu flush", daemon=True).start()
+
+    def _bad_frame(self, client: _Client, why: str) -> None:
+        self._drops.add(semconv.BAD_FRAME)
+        _log.warning("a frame on connection %d can't be read and is left out: %s", client.connection.fileno(), why)
+
+    def _part(self, client: _Client) -> None:
+        self._selector.unregister(client.connection)
+        del self._clients[client.connection.fileno()]
+        client.connection.close()
+
+    def _log_drops(self) -> None:
+        line = self._drops.take_line()
+        if line:
+            _log.warning("left out in the last minute: %s", line)

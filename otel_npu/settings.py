@@ -1,0 +1,153 @@
+"""The environment, read once into one frozen, validated `Settings`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_T = TypeVar("_T")
+
+ENABLED: Final = "OTEL_NPU_ENABLED"
+ENABLED_ALIAS: Final = "VLLM_ASCEND_MODEL_EXECUTE_TIME_OBSERVE"
+DEVICE: Final = "OTEL_NPU_DEVICE"
+EXPORT: Final = "OTEL_NPU_EXPORT"
+STEPS_PER_SECOND: Final = "OTEL_NPU_STEPS_PER_SECOND"
+HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
+LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
+SESSION: Final = "OTEL_NPU_SESSION"
+
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"", "0", "false", "no", "off"})
+
+
+class SettingsError(ValueError):
+    """A variable holds what it does not take; the message names the variable, the value and what it takes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen, with the defaults. Where spans go is said by the standard `OTEL_*` variables.
+
+    Attributes:
+        enabled: Whether anything is captured.
+        device: `auto`, `npu`, `cpu`, `simulated` or a torch device type such as `cuda`.
+        export: `relay` (a process of its own) or `inprocess` (a thread of this one).
+        steps_per_second: Step traces kept each second, of each kind of step; `math.inf` keeps every one.
+        hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
+        log_stages: Whether each resolved step is logged as one line.
+        root_traces: Whether steps outside of any sampled trace may begin traces of their own.
+
+    Raises:
+        SettingsError: A value is not one that the field takes.
+    """
+
+    enabled: bool = True
+    device: str = "auto"
+    export: str = "relay"
+    steps_per_second: float = 2.0
+    hang_seconds: float = 30.0
+    log_stages: bool = False
+    root_traces: bool = True
+
+    def __post_init__(self) -> None:
+        _device(DEVICE, self.device)
+        _one_of("relay", "inprocess")(EXPORT, self.export)
+        if not self.steps_per_second >= 0:
+            raise _error(STEPS_PER_SECOND, str(self.steps_per_second), _RATE_TAKES)
+        if not self.hang_seconds > 0:
+            raise _error(HANG_SECONDS, str(self.hang_seconds), _HANG_TAKES)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read the settings from the environment.
+
+        Raises:
+            SettingsError: For the first variable with a bad value.
+        """
+        read = _Reader(environment)
+        enabled = read(ENABLED, _flag, default=False) or read(ENABLED_ALIAS, _flag, default=False)
+        # The standard says of this one: only "true", in any case, disables; anything else does not.
+        if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            enabled = False
+        sampler = environment.get("OTEL_TRACES_SAMPLER", "").strip().lower()
+        return cls(
+            enabled=enabled,
+            device=read(DEVICE, _device, default=cls.device),
+            export=read(EXPORT, _one_of("relay", "inprocess"), default=cls.export),
+            steps_per_second=(
+                0.0 if sampler == "always_off" else read(STEPS_PER_SECOND, _rate, default=cls.steps_per_second)
+            ),
+            hang_seconds=read(HANG_SECONDS, _seconds, default=cls.hang_seconds),
+            log_stages=read(LOG_STAGES, _flag, default=cls.log_stages),
+            root_traces=sampler not in ("always_off", "parentbased_always_off"),
+        )
+
+
+class _Reader:
+    """Reads one variable at a time; one that is unset or blank has its default."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def __call__(self, variable: str, parse: Callable[[str, str], _T], *, default: _T) -> _T:
+        value = self._environment.get(variable, "").strip()
+        return parse(variable, value) if value else default
+
+
+def _error(variable: str, value: str, takes: str) -> SettingsError:
+    return SettingsError(f"{variable}={value!r}: takes {takes}")
+
+
+def _flag(variable: str, value: str) -> bool:
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    raise _error(variable, value, "1 or 0 (also true, yes, on; false, no, off)")
+
+
+_RATE_TAKES: Final = "a number of steps a second, 0 or more, or 'all'"
+_HANG_TAKES: Final = "a number of seconds above 0, or 'never'"
+
+
+def _rate(variable: str, value: str) -> float:
+    return _number(variable, value, word="all", takes=_RATE_TAKES, allowed=lambda rate: rate >= 0)
+
+
+def _seconds(variable: str, value: str) -> float:
+    return _number(variable, value, word="never", takes=_HANG_TAKES, allowed=lambda seconds: seconds > 0)
+
+
+def _number(variable: str, value: str, *, word: str, takes: str, allowed: Callable[[float], bool]) -> float:
+    if value.lower() == word:
+        return math.inf
+    try:
+        number = float(value)
+    except ValueError:
+        raise _error(variable, value, takes) from None
+    if not (math.isfinite(number) and allowed(number)):
+        raise _error(variable, value, takes)
+    return number
+
+
+def _one_of(*words: str) -> Callable[[str, str], str]:
+    def parse(variable: str, value: str) -> str:
+        if value.lower() not in words:
+            raise _error(variable, value, " or ".join(words))
+        return value.lower()
+
+    return parse
+
+
+def _device(variable: str, value: str) -> str:
+    # Whether such a device exists is only known once torch is there; here the form alone is checked.
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise _error(variable, value, "auto, npu, cpu, simulated or a torch device type such as cuda")
+    return value
+

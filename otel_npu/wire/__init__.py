@@ -1,0 +1,1 @@
+"""What goes from a traced process to its relay, and the socket it goes over."""

@@ -1,0 +1,137 @@
+"""The sending end: frames go into the socket or, while it takes none, into a bounded buffer. It never blocks."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import semconv
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from otel_npu.drops import Drops
+
+MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
+
+
+class Channel:
+    """Frames to the relay, in order, from any thread.
+
+    Args:
+        hello: Makes the first frame of a connection. Called when the first frame is about to leave, because only
+            then is the device known.
+        drops: Where frames that could not be kept are counted.
+    """
+
+    def __init__(self, hello: Callable[[], frames.Hello], drops: Drops) -> None:
+        self._hello = hello
+        self._drops = drops
+        self._socket: socket.socket | None = None
+        self._greeted = False
+        self._backlog: deque[bytes] = deque()
+        self._backlog_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a socket to send into."""
+        return self._socket is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether every frame has gone into the socket."""
+        return not self._backlog
+
+    def greet_again(self) -> None:
+        """Say hello once more before the next frame: what it says has changed."""
+        self._greeted = False
+
+    def attach(self, connection: socket.socket) -> None:
+        """Send into this connection from now on; what waits goes first."""
+        with self._lock:
+            self._socket = connection
+            self._greeted = False
+        self.drain()
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame now if the socket takes it, else later. The oldest are dropped when too many wait."""
+        if len(frame) > frames.MAX_FRAME_BYTES:
+            self._drops.add(semconv.BAD_FRAME)
+            return
+        with self._lock:
+            if not self._backlog and self._transmit(frame):
+                return
+            self._backlog.append(frame)
+            self._backlog_bytes += len(frame)
+            while self._backlog_bytes > MAX_BACKLOG_BYTES:
+                self._backlog_bytes -= len(self._backlog.popleft())
+                self._drops.add(semconv.BACKLOG_FULL)
+
+    def drain(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        with self._lock:
+            while self._backlog and self._transmit(self._backlog[0]):
+                self._backlog_bytes -= len(self._backlog.popleft())
+
+    def hung_up(self) -> bool:
+        """Whether the relay has closed the connection; then there is no connection any more."""
+        connection = self._socket
+        if connection is None:
+            return False
+        try:
+            # Answers to flush are read by whoever flushes, so only look.
+            gone = connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            gone = True
+        if gone:
+            self.close()
+        return gone
+
+    def receive(self, timeout_seconds: float) -> bytes:
+        """The relay's next answer, or an empty string if none comes in time."""
+        connection = self._socket
+        if connection is None:
+            return b""
+        try:
+            poll = select.poll()  # not select(): a server's descriptors may lie above its limit
+            poll.register(connection, select.POLLIN)
+            readable = poll.poll(max(0.0, timeout_seconds) * 1000)
+            return connection.recv(frames.MAX_FRAME_BYTES, socket.MSG_DONTWAIT) if readable else b""
+        except (OSError, ValueError):  # closed meanwhile
+            return b""
+
+    def close(self) -> None:
+        """Close the connection; what is in the socket still reaches the relay, what waits is kept."""
+        with self._lock:
+            connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+    def abandon(self) -> None:
+        """In a forked child: close the parent's socket here, so that only the parent holds it open."""
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+    def _transmit(self, frame: bytes) -> bool:
+        connection = self._socket
+        if connection is None:
+            return False
+        try:
+            if not self._greeted:
+                connection.send(frames.encode(self._hello()), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._greeted = True
+            connection.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError:  # the relay has gone; the idle thread notices and finds another
+            return False
+        return True
+

@@ -1,0 +1,93 @@
+"""Keeps the channel connected to a relay: a process of its own, or the same code on a thread of this one."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import semconv
+from otel_npu.wire import rendezvous
+
+if TYPE_CHECKING:
+    from otel_npu.drops import Drops
+    from otel_npu.settings import Settings
+    from otel_npu.wire.channel import Channel
+
+_log = logging.getLogger("otel_npu")
+
+_RETRY_SECONDS: Final = 1.0
+_MAX_RETRY_SECONDS: Final = 60.0
+
+
+class RelayLink:
+    """Finds or starts the relay, notices when it has gone, and waits for it at the end.
+
+    Args:
+        channel: The channel to keep connected.
+        settings: Says whether the relay is a process or a thread.
+        drops: Where lost relays are counted.
+    """
+
+    def __init__(self, channel: Channel, settings: Settings, drops: Drops) -> None:
+        self._channel = channel
+        self._inprocess = settings.export == "inprocess"
+        self._drops = drops
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._retry_at = 0.0
+        self._retry_seconds = _RETRY_SECONDS
+
+    def keep(self) -> None:
+        """Connect if there is no connection. Called often, by the idle thread."""
+        if self._channel.hung_up():
+            self._drops.add(semconv.RELAY_LOST)
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None
+        if self._channel.connected or time.monotonic() < self._retry_at:
+            return
+        try:
+            self._channel.attach(self._start_thread() if self._inprocess else self._meet())
+        except OSError as error:
+            if self._retry_seconds == _RETRY_SECONDS:
+                _log.warning("no relay, so nothing is exported for now: %s", error)
+            self._retry_at = time.monotonic() + self._retry_seconds
+            self._retry_seconds = min(_MAX_RETRY_SECONDS, self._retry_seconds * 2)
+        else:
+            # A relay that ends as soon as it is started must not be started without a pause.
+            self._retry_at = time.monotonic() + _RETRY_SECONDS
+            self._retry_seconds = _RETRY_SECONDS
+
+    def close(self, timeout_seconds: float) -> None:
+        """Hang up. Whoever started the relay waits for its end, as long as it may."""
+        self._channel.close()
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+        if self._process is not None:
+            try:
+                self._process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                _log.debug("the relay goes on without this process: it has other clients, or more to export")
+            # It has a life of its own, so `Popen` must not complain that it is still there.
+            self._process.returncode = self._process.returncode or 0
+
+    def _meet(self) -> socket.socket:
+        connection, process = rendezvous.connect_or_start(rendezvous.socket_path(rendezvous.session_id()))
+        if process is not None:
+            self._process = process
+        return connection
+
+    def _start_thread(self) -> socket.socket:
+        from otel_npu.relay.server import Server  # noqa: PLC0415  brings in the SDK: only where it was asked for
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
+        server = Server.from_environment()
+        server.add_client(theirs)
+        self._thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
+        self._thread.start()
+        return ours
+

@@ -1,0 +1,161 @@
+"""Where a process tree meets its relay: a session id, a private folder, a lock, and a socket.
+
+The first process that enables tracing makes the session id and puts it into its environment; its children inherit
+it. Whoever finds no relay behind the session's socket binds that socket itself and hands it to a new relay, already
+listening: frames can be sent at once and wait in the kernel while the relay starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from otel_npu.settings import SESSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SEND_BUFFER_BYTES: Final = 2 * 1024 * 1024
+_BACKLOG: Final = 128
+_PEER_CREDENTIALS: Final = struct.Struct("iII")
+
+
+class RendezvousError(OSError):
+    """The folder or the peer can't be trusted; the message says which and why."""
+
+
+def session_id() -> str:
+    """This process tree's session id; the first to ask makes it and leaves it in the environment.
+
+    Raises:
+        RendezvousError: The variable holds what can't be part of a file's name.
+    """
+    session = os.environ.get(SESSION, "")
+    if not session:
+        session = os.environ[SESSION] = secrets.token_hex(8)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", session):
+        raise RendezvousError(f"{SESSION}={session!r}: takes 1 to 32 letters, digits, '_' or '-'")
+    return session
+
+
+def socket_path(session: str) -> Path:
+    """The session's socket, in a folder that only this user can enter.
+
+    Raises:
+        RendezvousError: The folder exists and belongs to somebody else or lets others in.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if not base or not os.access(base, os.W_OK):
+        base = tempfile.gettempdir()
+    folder = Path(base, f"otel-npu-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RendezvousError(f"{folder} must be a folder of user {os.getuid()} with mode 0700, and is not")
+    return folder / f"{session}.sock"
+
+
+@contextlib.contextmanager
+def session_lock(path: Path) -> Iterator[None]:
+    """Held by whoever makes or removes a session's socket."""
+    # One for all sessions, and it stays: to remove a lock file is to let two hold it.
+    with path.with_name("lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def connect(path: Path) -> socket.socket | None:
+    """A connection to the session's relay, or None when there is none.
+
+    Raises:
+        RendezvousError: Another user listens there.
+        BlockingIOError: There is one, and more processes wait for it than its backlog holds.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        connection.setblocking(False)
+        connection.connect(str(path))
+        check_peer(connection)
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Both ends take only processes of the same user.
+
+    Raises:
+        RendezvousError: The peer is another user's.
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    _pid, uid, _gid = _PEER_CREDENTIALS.unpack(credentials)
+    if uid != os.getuid():
+        raise RendezvousError(f"the other end of the socket is user {uid}, not {os.getuid()}")
+
+
+def listen(path: Path) -> socket.socket:
+    """A new listening socket at the path, replacing one that nobody listens on. Hold the session's lock."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(str(path))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def connect_or_start(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
+    """A connection to the session's relay, and the relay's process if it was started here.
+
+    Raises:
+        RendezvousError: The folder or the peer can't be trusted.
+        OSError: The socket can't be made or the relay can't be started.
+    """
+    connection = connect(path)
+    if connection is not None:
+        return connection, None
+    with session_lock(path):
+        connection = connect(path)
+        if connection is not None:
+            return connection, None
+        with listen(path) as listener:
+            process = _start(listener, path)
+            connection = connect(path)
+    if connection is None:
+        raise RendezvousError(f"the relay's socket {path} took no connection")
+    return connection, process
+
+
+def _start(listener: socket.socket, path: Path) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    environment["OTEL_NPU_ENABLED"] = "0"
+    # The working directory stays, because exporters take relative paths, but must not shadow modules.
+    environment["PYTHONSAFEPATH"] = "1"
+    package_root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package_root)))
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "otel_npu.relay", "--listener", str(listener.fileno()), "--socket", str(path)],
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
