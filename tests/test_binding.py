@@ -4,6 +4,8 @@ The wheel is unmodified; behind it runs the simulated runtime of `tests/ascend`.
 (torch_npu's default) kernels and records go through the host's task queue, with 0 straight to the runtime.
 """
 
+# ruff: noqa: PLC0415  # torch can only be imported once the simulated runtime is loaded
+
 from __future__ import annotations
 
 import ctypes
@@ -18,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.ascend.build import BuildError
-from tests.ascend.simulator import Simulator
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from tests.ascend.simulator import Simulator
 
 TASK_QUEUE = os.environ.get("TASK_QUEUE_ENABLE", "1") != "0"
 needs_task_queue = pytest.mark.skipif(not TASK_QUEUE, reason="is about the task queue, which is off")
@@ -31,28 +32,6 @@ MILLISECOND = 1_000_000  # in ns
 # How long the task queue is kept busy: far longer than the calls that must not wait for it.
 BUSY = 200 * MILLISECOND
 DEVICE_ERROR = 507015
-
-
-@pytest.fixture(scope="session")
-def loaded_ascend() -> Simulator:
-    try:
-        simulator = Simulator.load()
-    except BuildError as error:
-        pytest.skip(str(error))
-    import torch
-    import torch_npu  # noqa: F401  # where torch doesn't load it by itself
-
-    torch.npu.set_device(0)
-    return simulator
-
-
-@pytest.fixture
-def ascend(loaded_ascend: Simulator) -> Iterator[Simulator]:
-    import torch
-
-    yield loaded_ascend
-    loaded_ascend.defaults()
-    torch.npu.synchronize()
 
 
 def new_event() -> Any:
@@ -138,6 +117,7 @@ def in_process(script: str) -> list[str]:
         torch.npu.set_device(0)
         event = torch.Event(device="npu", enable_timing=True)
         event.record()
+        torch.npu._sleep(1)
         torch.npu.synchronize()
 
         def raises(call):
@@ -151,6 +131,7 @@ def in_process(script: str) -> list[str]:
             give_up = time.monotonic() + 30
             while not condition():
                 assert time.monotonic() < give_up
+                time.sleep(0.05)  # a task enqueued just as the queue fails is stuck in it
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(script)],
@@ -315,6 +296,20 @@ class TestRecording:
         synchronize()
         assert elapsed_us(start, end) == pytest.approx(2000, abs=1)
 
+    def test_a_stream_that_waits_for_an_event_goes_on_after_it(self, ascend: Simulator) -> None:
+        import torch
+
+        before, kernel_end, after = new_event(), new_event(), new_event()
+        side = torch.npu.Stream()
+        ascend.manual_clock(True)
+        before.record(side)
+        ascend.launch(stream_pointer(), microseconds=1500)
+        kernel_end.record()
+        kernel_end.wait(side)
+        after.record(side)
+        synchronize()
+        assert elapsed_us(before, after) == pytest.approx(1500, abs=1)
+
     def test_100_000_records_need_no_more_acl_events(self, ascend: Simulator) -> None:
         start, end = finished_pair(ascend)
         live, before = ascend.count("live_events"), ascend.count("record")
@@ -415,6 +410,8 @@ class TestFailures:
         printed = in_process(f"""
             ascend.fail("launch", {DEVICE_ERROR})
             print("launch raises:", raises(lambda: torch.npu._sleep(1000)))
+            until(lambda: ascend.count("launch") == 2)
+            time.sleep(0.05)
             until(lambda: raises(event.record))
             records = ascend.count("record")
             print("a later record raises:", any([raises(event.record) for _ in range(100)]))
@@ -430,11 +427,15 @@ class TestFailures:
             "records that ran: 0",
         ]
 
-    def test_a_failed_record_is_raised_by_the_next_launch_and_its_event_is_ready(self, ascend: Simulator) -> None:
+    def test_a_failed_record_is_raised_by_the_next_launch_and_its_event_is_ready(
+        self, ascend: Simulator
+    ) -> None:
         printed = in_process(f"""
             fresh = torch.Event(device="npu", enable_timing=True)
             ascend.fail("record", {DEVICE_ERROR})
             print("record raises:", raises(fresh.record))
+            until(lambda: ascend.count("record") == 2)
+            time.sleep(0.05)
             until(lambda: raises(lambda: torch.npu._sleep(1000)))
             print("event is ready:", fresh.query())
         """)

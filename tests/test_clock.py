@@ -113,7 +113,7 @@ def test_the_truth_is_within_the_uncertainty_which_is_never_negative(
 def test_the_truth_stays_within_while_the_oscillator_wanders_by_up_to_its_limit(
     bounds: list[Bound], pushes: list[float], ppm: float, device_start: int
 ) -> None:
-    """The rate goes up or down for ten seconds at a time, as fast as is allowed, but for the rate's own limit."""
+    """The rate goes up or down for ten seconds at a time, as fast as is allowed, within its own limit."""
     knots = [(0.0, ppm * 1e-6)]
     slopes = []
     span = 10 * S
@@ -158,7 +158,7 @@ def test_places_keep_the_order_of_device_times(bounds: list[Bound], ppm: float, 
 
 
 def possible(constraints: list[tuple[int, int, int]], query: int) -> tuple[Fraction, Fraction]:
-    """The least and greatest ``a + b * query`` of all lines with ``sign * (a + b x) >= sign * y`` for each bound.
+    """The least and greatest ``a + b * query`` of all lines with ``sign * (a + b x) >= sign * y`` for all.
 
     By brute force, in exact arithmetic: every corner of the feasible set is looked at.
     """
@@ -263,6 +263,31 @@ def test_uncertainty_grows_with_the_distance_from_the_bounds() -> None:
     assert grown[0] < 30 * US < 300 * US < grown[-1]
 
 
+def test_a_bracket_after_a_quiet_minute_counts_in_full() -> None:
+    host = line(20, 0, DAY)
+    clock = DeviceClock()
+    end = 0
+    for _ in range(60):
+        end += S
+        bracket(clock, end, host(end), 1, 1)
+    end += 60 * S
+    assert placed(clock, end).uncertainty_ns > 100 * US
+    bracket(clock, end, host(end), 20 * US, 20 * US)
+    assert placed(clock, end).uncertainty_ns <= 20 * US + 3
+
+
+def test_where_every_bound_is_a_corner_they_are_thinned_and_the_truth_stays_within() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock_module, "WANDER_PER_NS", 0.0)
+        clock = DeviceClock()
+        for i in range(-500, 500):
+            bracket(clock, i * 100 * MS, DAY + i * 100 * MS, 10_000 + i * i, 10_000 + i * i)  # two parabolas
+            assert covers(placed(clock, i * 100 * MS + S), DAY + i * 100 * MS + S)
+        assert clock._current is not None
+        assert len(clock._current.polygon) <= 12
+        assert placed(clock, 0).uncertainty_ns < 10_500
+
+
 # Jumps and outliers
 
 
@@ -353,15 +378,47 @@ def test_a_wrong_first_bound_is_got_over() -> None:
     assert covers(placed(clock, end, host(end)), host(end))
 
 
-def test_a_late_bound_from_before_a_reset_does_not_disturb_the_new_segment() -> None:
+def test_late_bounds_from_before_a_reset_do_not_disturb_the_new_segment() -> None:
     clock = DeviceClock()
     old, new = line(10, 3 * DAY, HOST_START_NS), line(10, 0, HOST_START_NS + 31 * S)
     end = feed(clock, old, 3 * DAY, 30)
     feed(clock, new, 0, 5)
-    bracket(clock, end - S, old(end - S))
+    for late in range(end - S, end, 100 * MS):
+        bracket(clock, late, old(late))
     after = feed(clock, new, 5 * S, 5)
     assert clock.resets == 1
     assert covers(placed(clock, after, new(after)), new(after))
+
+
+def test_late_bounds_from_before_a_reset_do_not_hide_it() -> None:
+    clock = DeviceClock()
+    old, new = line(10, 3 * DAY, HOST_START_NS), line(10, 0, HOST_START_NS + 31 * S)
+    end = feed(clock, old, 3 * DAY, 30)
+    bracket(clock, 0, new(0))
+    bracket(clock, end - S, old(end - S))
+    bracket(clock, 100 * MS, new(100 * MS))
+    assert clock.resets == 1
+
+
+def test_a_device_that_starts_again_after_200_days_is_noticed() -> None:
+    clock = DeviceClock()
+    feed(clock, line(10, 200 * DAY, 201 * DAY), 200 * DAY, 10)
+    new = line(10, 0, 201 * DAY + 15 * S)
+    end = feed(clock, new, 0, 2)
+    assert clock.resets == 1
+    assert covers(placed(clock, end, new(end)), new(end))
+
+
+def test_two_wrong_bounds_far_apart_are_not_a_jump() -> None:
+    host = line(0, 0, DAY)
+    clock = DeviceClock()
+    end = feed(clock, host, 0, 10)
+    for _ in range(2):
+        clock.lower(end, host(end) + 10 * MS)
+        for _ in range(100):  # Bounds of stages: too loose to tell which it was.
+            end += S
+            bracket(clock, end, host(end), 50 * MS, 50 * MS)
+    assert clock.resets == 0
 
 
 # How it does over time

@@ -49,7 +49,7 @@ def watch(state: ThreadState, hang_seconds: float, channel: Channel, drops: Drop
                 stage.name,
                 stage.entered_ns,
                 now_ns,
-                stage.pool.device_index,
+                stage.stream.device_index,
             )
         )
     )
@@ -61,7 +61,8 @@ def _unfinished(step: Step) -> Stage | None:
     """The innermost of the first stages that have not ended."""
     found: Stage | None = None
     for stage in list(step.stages):
-        if (found is None or stage.parent is found) and not _ended(stage):
+        inside = found is None or not found.exited_ns or 0 < stage.exited_ns <= found.exited_ns
+        if inside and not _ended(stage):
             found = stage
     return found
 

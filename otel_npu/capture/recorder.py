@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import devices, semconv
 from otel_npu.capture import context, hang
 from otel_npu.drops import REPORT_SECONDS, Drops
-from otel_npu.capture.resolver import Resolver
+from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.stages import MAX_PENDING, Step, ThreadState
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool
@@ -39,7 +39,7 @@ _STEPS_PER_TICK: Final = 64
 _SLOW_TICKS: Final = 50  # what is done about once a second
 
 
-class _Local(threading.local):
+class Local(threading.local):
     """Gives each thread its state when it first asks for it."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -74,7 +74,7 @@ class Recorder:
         self._stop = threading.Event()
         self._idle_since: dict[ThreadState, int] = {}
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
-        self.local = _Local(self)
+        self.local = Local(self)
         self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
         self._thread.start()
 
@@ -112,6 +112,8 @@ class Recorder:
         """A step boundary: the step waits for the device; older ones that it has finished are resolved."""
         if len(state.pending) >= MAX_PENDING:
             self.drops.add(semconv.BACKLOG_FULL)
+            give_up(step, self.drops)
+            step.stages = []
             return
         state.pending.append(step)
         state.boundaries += 1
@@ -280,7 +282,7 @@ class Recorder:
 
 
 def _pool_of(step: Step) -> Pool | None:
-    return next((stage.pool for stage in step.stages if stage.pair is not None), None)
+    return next((stage.pair.pool for stage in step.stages if stage.pair is not None), None)
 
 
 def _alive(state: ThreadState) -> bool:

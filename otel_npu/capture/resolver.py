@@ -16,7 +16,7 @@ from otel_npu.wire import frames
 if TYPE_CHECKING:
     from otel_npu.drops import Drops
     from otel_npu.capture.stages import Stage, Step, ThreadState
-    from otel_npu.devices.pair import Pool
+    from otel_npu.devices.pair import Pair
     from otel_npu.wire.channel import Channel
 
 _log = logging.getLogger("otel_npu")
@@ -59,15 +59,21 @@ class Resolver:
     def _finish(self, step: Step) -> None:
         seen_ns = perf_counter_ns()
         stages = step.stages
-        if step.one_stream:
-            if stages:
-                self._read(stages[0].pool, stages)
-        else:
-            pools: dict[int, list[Stage]] = {}
-            for stage in stages:
-                pools.setdefault(id(stage.pool), []).append(stage)
-            for group in pools.values():
-                self._read(group[0].pool, group)
+        timed = []
+        for stage in stages:
+            if stage.pair is None:
+                stage.device_ns = stage.duration_ns = None
+            else:
+                timed.append(stage)
+        if timed:
+            if step.one_stream:
+                self._read(timed)
+            else:
+                pools: dict[int, list[Stage]] = {}
+                for stage in timed:
+                    pools.setdefault(id(_pair(stage).pool), []).append(stage)
+                for group in pools.values():
+                    self._read(group)
         self._channel.send(frames.encode(self._frame(step, seen_ns)))
         if self._log_stages and not step.bare:
             _log_line(step)
@@ -82,12 +88,10 @@ class Resolver:
         step.stages = []
         step.last = None
 
-    def _read(self, pool: Pool, stages: list[Stage]) -> None:
-        """Give the stages their device times and their pairs back to the pool."""
-        timed = [stage for stage in stages if stage.pair is not None]
-        if not timed:
-            return
-        pairs = [stage.pair for stage in timed if stage.pair is not None]
+    def _read(self, timed: list[Stage]) -> None:
+        """Give stages of one device their times, and their pairs back to the pool."""
+        pairs = [_pair(stage) for stage in timed]
+        pool = pairs[0].pool
         read = pool.device.read
         try:
             times: list[Any] = read(pool.device_index, pairs)
@@ -105,6 +109,7 @@ class Resolver:
             # An end before its start is an old timing: the end was recorded into a graph.
             if time is None or time[1] < 0:
                 unreadable += 1
+                stage.device_ns = stage.duration_ns = None
             else:
                 stage.device_ns = None if host_clock else time[0]
                 stage.duration_ns = time[1]
@@ -115,20 +120,24 @@ class Resolver:
         pool.free.extend(pairs)
 
     def _frame(self, step: Step, seen_ns: int) -> frames.Step:
-        stages = []
+        stages: list[frames.Stage] = []
+        around: list[int] = []  # the stages, by index, that the next one may lie in
         for index, stage in enumerate(step.stages):
-            stage.index = index
-            if stage.duration_ns is None:
-                stage.duration_ns = stage.exited_ns - stage.entered_ns
+            exited_ns = stage.exited_ns
+            while around and stages[around[-1]].exited_ns <= stage.entered_ns:
+                around.pop()
+            # Tasks of one thread may overlap without one being in the other.
+            parent = next((outer for outer in reversed(around) if stages[outer].exited_ns >= exited_ns), -1)
+            around.append(index)
             stages.append(
                 frames.Stage(
                     stage.name,
-                    -1 if stage.parent is None else stage.parent.index,
+                    parent,
                     stage.entered_ns,
-                    stage.exited_ns,
+                    exited_ns,
                     stage.device_ns,
-                    stage.duration_ns,
-                    stage.pool.device_index,
+                    exited_ns - stage.entered_ns if stage.duration_ns is None else stage.duration_ns,
+                    stage.stream.device_index,
                     stage.stream.stream_id,
                     None if stage.error is None else stage.error.__qualname__,
                     self._attributes(stage.attributes) if stage.attributes else None,
@@ -173,14 +182,20 @@ class Resolver:
 _NO_IDS: Final = context.Ids(b"", b"", b"")
 
 
+def _pair(stage: Stage) -> Pair:
+    assert stage.pair is not None
+    return stage.pair
+
+
 def give_up(step: Step, drops: Drops) -> None:
     """Let the step go with its host times: its events can't be asked, or a stage of it never ends."""
     for stage in step.stages:
         if not stage.exited_ns:
             stage.exited_ns = max(step.closed_ns, stage.entered_ns)
             stage.step = None  # its exit, should it come, finds nothing to do
+            stage.error = None
         if stage.pair is not None:
-            stage.pool.free.append(stage.pair)
+            stage.pair.pool.free.append(stage.pair)
             stage.pair = None
             drops.add(semconv.TIMES_UNREADABLE)
 
@@ -204,7 +219,7 @@ def _clean(value: Any) -> frames.AttributeValue | None:
 def _log_line(step: Step) -> None:
     durations: dict[str, int] = {}
     for stage in reversed(step.stages):  # the last first, as vllm-ascend printed them
-        durations[stage.name] = durations.get(stage.name, 0) + (stage.duration_ns or 0)
+        durations[stage.name] = durations.get(stage.name, 0) + (stage.duration_ns or stage.exited_ns - stage.entered_ns)
     if durations:
         tags = " ".join(f"[{name}]:{duration_ns * 1e-6:.2f}ms" for name, duration_ns in durations.items())
         _log.info("Profile execute duration [%s]: %s", (step.kind or "step").capitalize(), tags)

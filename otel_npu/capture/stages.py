@@ -7,6 +7,7 @@ current stream. What happens seldom stands in methods that the hot path calls ou
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import weakref
 from collections import deque
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from otel_npu.capture.recorder import Recorder
+    from otel_npu.capture.recorder import Local, Recorder
     from otel_npu.devices.pair import Pair, Pool
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
-MAX_STAGES: Final = 1000  # of one step: its frame has to fit into a packet
+MAX_STAGES: Final = 1024  # of one step: its frame has to fit into a packet. Not below any device's pool
 MAX_DEPTH: Final = 16  # of steps inside steps
 MAX_PENDING: Final = 1000  # steps of one thread that the device has not finished
 
@@ -34,13 +35,13 @@ _NOT_ENTERED: Final = -1
 
 
 class ThreadState:
-    """What one thread is doing: its open step and stage, its stream, and its steps that wait to be resolved."""
+    """What one thread is doing: its open step, its stream, and its steps that wait to be resolved."""
 
     __slots__ = (
         "boundaries",
         "capturing",
-        "current_stream",
-        "innermost",
+        "current_stream_key",
+        "free",
         "lock",
         "pending",
         "pool",
@@ -48,16 +49,17 @@ class ThreadState:
         "side_stream",
         "step",
         "stream",
+        "stream_key",
         "thread",
     )
 
     pool: Pool
+    stream: Any
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.thread = weakref.ref(threading.current_thread())
         self.step: Step | None = None
-        self.innermost: Stage | None = None
         self.pending: deque[Step] = deque()
         self.lock = threading.Lock()
         """Held while this thread's pending steps are resolved, by whichever thread does it."""
@@ -68,17 +70,20 @@ class ThreadState:
 
     def use_device(self) -> None:
         """Begin anew with the recorder's device, which may have become known only now."""
-        self.current_stream: Callable[[], Any] = self.recorder.device.current_stream
+        self.current_stream_key: Callable[[], Any] = self.recorder.device.current_stream_key
         self.capturing: Callable[[], bool] = self.recorder.device.capturing
-        self.stream: Any = None
+        self.stream_key: Any = None
         self.side_stream = False
+        self.free: list[Pair] = []
 
-    def change_stream(self, stream: Any) -> None:
+    def change_stream(self, key: Any) -> None:
         """The thread has gone to another stream, and perhaps to another device."""
-        self.stream = stream
+        self.stream_key = key
+        self.stream = stream = self.recorder.device.current_stream()
         # torch refuses to capture the default stream, so only side streams have to be asked.
         self.side_stream = stream.stream_id != 0
         self.pool = self.recorder.pool(stream.device_index)
+        self.free = self.pool.free
         if self.step is not None and self.step.stages:
             self.step.one_stream = False
 
@@ -94,83 +99,74 @@ class Stage:
     """One use of a stage: entered once, exited once, then resolved. As a decorator it makes a new one each call.
 
     Attributes:
+        step: The step it belongs to; None before it is entered, and for a stage that is left out.
+        pair: Its events; None where only the host times it, and once it is resolved.
         entered_ns: Host time just before the start event was recorded.
         exited_ns: Host time just before the end event was recorded; 0 while the stage is open.
-        device_ns: Start on the device's own clock, or None where only the host timed it.
-        duration_ns: Duration on the same clock; None until the stage is resolved.
+        device_ns: Set when it is resolved: start on the device's own clock, None where only the host timed it.
+        duration_ns: Set when it is resolved.
     """
 
     __slots__ = (
-        "_shadowed",
         "attributes",
         "device_ns",
         "duration_ns",
         "entered_ns",
         "error",
         "exited_ns",
-        "index",
+        "local",
         "name",
         "pair",
-        "parent",
-        "pool",
-        "recorder",
-        "state",
+        "shadowed",
         "step",
         "stream",
     )
 
-    _shadowed: tuple[Step, Any] | None
+    attributes: dict[str, Any]
+    device_ns: int | None
+    duration_ns: int | None
     entered_ns: int
     error: type[BaseException] | None
-    index: int
+    exited_ns: int
+    local: Local
+    name: str
     pair: Pair | None
-    parent: Stage | None
-    pool: Pool
-    state: ThreadState
+    shadowed: list[Step]
     step: Step | None
     stream: Any
 
-    def __init__(self, recorder: Recorder, name: str, attributes: dict[str, Any]) -> None:
-        self.recorder = recorder
-        self.name = name
-        self.attributes = attributes
-        self.exited_ns = _NOT_ENTERED
-        self.device_ns: int | None = None
-        self.duration_ns: int | None = None
-
     def __enter__(self) -> None:
-        if self.exited_ns != _NOT_ENTERED and not self._enter_again():
+        if self.step is not None and not self._enter_again():
             return
-        state: ThreadState = self.recorder.local.state
+        state = self.local.state
         step = state.step
         if step is None:
-            step = Step(self.recorder, self.name, bare=True)
+            step = Step(state.recorder, self.name, bare=True)
             step.open_in(state)
-        stream = state.current_stream()
-        if stream != state.stream:
-            state.change_stream(stream)
-        stages = step.stages
-        if (state.side_stream and state.capturing()) or len(stages) >= MAX_STAGES:
-            self._leave_out(state, step)
-            return
-        self.state = state
-        self.step = step
-        self.stream = stream
-        self.pool = pool = state.pool
-        self.parent = state.innermost
-        self.exited_ns = 0
+        key = state.current_stream_key()
+        if key != state.stream_key:
+            state.change_stream(key)
         try:
-            self.pair = pair = pool.free.pop()
+            pair = state.free.pop()
         except IndexError:
-            self.pair = pair = state.another_pair()
-        state.innermost = self
+            pair = state.another_pair()
+            if len(step.stages) >= MAX_STAGES:
+                self._leave_out(state, step, pair, semconv.STEP_TOO_LARGE)
+                return
+        if state.side_stream and state.capturing():
+            self._leave_out(state, step, pair, semconv.STREAM_CAPTURED)
+            return
+        self.step = step
+        self.pair = pair
+        self.stream = stream = state.stream
+        self.exited_ns = 0
+        step.stages.append(self)
         self.entered_ns = perf_counter_ns()
-        stages.append(self)
         if pair is not None:
             try:
                 pair.record_start(stream)
             except BaseException:
-                self.recorder.stop_for_the_models_error()
+                state.recorder.stop_for_the_models_error()
                 raise
 
     def __exit__(
@@ -181,66 +177,63 @@ class Stage:
             self._exit_left_out()
             return
         self.exited_ns = perf_counter_ns()
-        if self.pair is not None:
+        self.error = kind
+        pair = self.pair
+        if pair is not None:
             try:
-                self.pair.record_end(self.stream)
+                pair.record_end(self.stream)
             except BaseException:
-                self.recorder.stop_for_the_models_error()
+                step.recorder.stop_for_the_models_error()
                 raise
             step.last = self
-        self.error = kind
-        state = self.state
-        if state.innermost is self:
-            outer = self.parent
-            while outer is not None and outer.exited_ns:  # tasks of one thread need not end in order
-                outer = outer.parent
-            state.innermost = outer
-        if step.bare and state.innermost is None:
+        if step.bare and step.stages[0] is self:
             step.close()
 
     def __call__(self, function: _F) -> _F:
-        recorder, name, attributes = self.recorder, self.name, self.attributes
-        return decorate(function, lambda: Stage(recorder, name, attributes))
+        from otel_npu.capture import switch  # noqa: PLC0415  it imports this module
+
+        return decorate(function, functools.partial(switch.stage, self.name, **self.attributes))
 
     def wait(self) -> int:
         """Wait until the device has finished this stage, which has been left; its duration in nanoseconds."""
-        if self.exited_ns == _NOT_ENTERED:
+        step = self.step
+        if step is None:
             return 0  # it was left out
-        with self.state.lock:
+        with step.state.lock:
             pair = self.pair
             if pair is not None:
                 pair.end.synchronize()
                 try:
-                    self.duration_ns = self.pool.device.read(self.pool.device_index, [pair])[0][1]
+                    return pair.pool.device.read(pair.pool.device_index, [pair])[0][1]
                 except (OSError, RuntimeError):
-                    self.recorder.drops.add(semconv.TIMES_UNREADABLE)
-        return self.exited_ns - self.entered_ns if self.duration_ns is None else self.duration_ns
+                    step.recorder.drops.add(semconv.TIMES_UNREADABLE)
+        duration_ns: int | None = getattr(self, "duration_ns", None)
+        return self.exited_ns - self.entered_ns if duration_ns is None else duration_ns
 
-    def _leave_out(self, state: ThreadState, step: Step) -> None:
-        full = len(step.stages) >= MAX_STAGES
-        self.recorder.drops.add(semconv.STEP_TOO_LARGE if full else semconv.STREAM_CAPTURED)
-        self.step = None
+    def _leave_out(self, state: ThreadState, step: Step, pair: Pair | None, reason: str) -> None:
+        state.recorder.drops.add(reason)
+        if pair is not None:
+            state.free.append(pair)
         if step.bare and not step.stages:
             state.step = None
 
     def _enter_again(self) -> bool:
         """Make room for another use of the same object; False if the one before is still open."""
+        step = cast("Step", self.step)
         if not self.exited_ns:
-            self.recorder.drops.add(semconv.REENTERED)
-            self._shadowed = (cast("Step", self.step), getattr(self, "_shadowed", None))
+            step.recorder.drops.add(semconv.REENTERED)
+            self.shadowed = [*getattr(self, "shadowed", ()), step]
             self.step = None
             return False
-        with self.state.lock:  # the step of the use before may be about to be resolved
-            stages = self.step.stages if self.step is not None else []
-            if self in stages:
-                stages[stages.index(self)] = copy.copy(self)
-        self.device_ns = self.duration_ns = None
+        with step.state.lock:  # the step of the use before may be about to be resolved
+            if self in step.stages:
+                step.stages[step.stages.index(self)] = copy.copy(self)
         return True
 
     def _exit_left_out(self) -> None:
-        shadowed = getattr(self, "_shadowed", None)
-        if shadowed is not None:
-            self.step, self._shadowed = shadowed
+        shadowed = getattr(self, "shadowed", None)
+        if shadowed:
+            self.step = shadowed.pop()
 
 
 class Step:
@@ -260,7 +253,6 @@ class Step:
         "one_stream",
         "opened_ns",
         "outer",
-        "outer_stage",
         "recorder",
         "requests",
         "stages",
@@ -269,7 +261,6 @@ class Step:
 
     state: ThreadState
     outer: Step | None
-    outer_stage: Stage | None
     depth: int
     ids: context.Ids | None
     opened_ns: int
@@ -316,8 +307,6 @@ class Step:
             recorder.drops.add(semconv.STEP_TOO_DEEP)
             return
         self.closed_ns = 0
-        self.outer_stage = state.innermost
-        state.innermost = None
         if recorder.device_is_open_question:
             recorder.settle_device()
         self.number = next(recorder.step_numbers)
@@ -333,26 +322,22 @@ class Step:
         self.error = error
         state = self.state
         if state.step is self:
-            if state.innermost is not None:
-                self.one_stream = False  # a stage is still open: look at every one
             state.step = self.outer
-            state.innermost = self.outer_stage
         self.recorder.step_closed(state, self)
 
     def ready(self) -> bool:
         """Whether every stage has ended, on the host and on the device: one query a stream."""
-        if self.one_stream:
-            last = self.last
-            return last is None or last.pair is None or bool(last.pair.end.query())
-        ends: dict[Any, Stage] = {}
         for stage in self.stages:
             if not stage.exited_ns:
                 return False
+        if self.one_stream:
+            last = self.last
+            return last is None or last.pair is None or bool(last.pair.end.query())
+        ends: dict[tuple[int, int], Pair] = {}
+        for stage in sorted(self.stages, key=lambda stage: stage.exited_ns):
             if stage.pair is not None:
-                end = ends.setdefault(stage.stream, stage)
-                if stage.exited_ns >= end.exited_ns:
-                    ends[stage.stream] = stage
-        return all(stage.pair is None or stage.pair.end.query() for stage in ends.values())
+                ends[stage.stream.device_index, stage.stream.stream_id] = stage.pair
+        return all(pair.end.query() for pair in ends.values())
 
     def __enter__(self) -> None:
         self.open()

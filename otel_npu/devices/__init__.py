@@ -40,8 +40,11 @@ class Device(Protocol):
     pool_pairs: int
     """How many event pairs may exist on each device; far below the event ids that the hardware has."""
 
+    current_stream_key: Callable[[], Any]
+    """What tells the calling thread's current stream from any other, of any device. Called for every stage."""
+
     current_stream: Callable[[], Any]
-    """The calling thread's current stream, with `device_index` and `stream_id`. Called for every stage."""
+    """That stream, with `device_index` and `stream_id`."""
 
     read: Times
 

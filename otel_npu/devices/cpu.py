@@ -44,11 +44,11 @@ class Cpu:
     kind = "cpu"
     host_clock = True
     resolution_ns = 1
-    pool_pairs = 4096
+    pool_pairs = 1024
 
     def __init__(self) -> None:
         stream = HostStream()
-        self.current_stream = lambda: stream
+        self.current_stream = self.current_stream_key = lambda: stream
 
     def new_event(self, _device_index: int) -> HostEvent:
         """An event on the host's clock."""

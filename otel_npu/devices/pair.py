@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 class Pair:
     """A start and an end event of one device. Reused, never destroyed: destroying one is work for the device."""
 
-    __slots__ = ("end", "handles", "record_end", "record_start", "start")
+    __slots__ = ("end", "handles", "pool", "record_end", "record_start", "start")
 
-    def __init__(self, start: Any, end: Any) -> None:
+    def __init__(self, pool: Pool, start: Any, end: Any) -> None:
+        self.pool = pool
         self.start = start
         self.end = end
         self.record_start = start.record
@@ -42,4 +43,4 @@ class Pool:
         if self._made >= self.device.pool_pairs:
             return None
         self._made += 1
-        return Pair(self.device.new_event(self.device_index), self.device.new_event(self.device_index))
+        return Pair(self, self.device.new_event(self.device_index), self.device.new_event(self.device_index))

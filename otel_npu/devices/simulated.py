@@ -82,7 +82,7 @@ class SimulatedNpu:
         self._streams_made = 0
         self.default_stream = self.new_stream()
         self._current = threading.local()
-        self.current_stream = self._current_stream
+        self.current_stream = self.current_stream_key = self._current_stream
 
     def new_stream(self, device_index: int = 0) -> SimulatedStream:
         """One more stream."""

@@ -36,6 +36,7 @@ class TorchEvents:
         self._torch = torch
         self._module = getattr(torch, kind)
         self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)
+        self.current_stream_key = lambda: stream_key(self.current_stream())
         self.capturing = getattr(self._module, "is_current_stream_capturing", lambda: False)
         self._references: dict[int, _Reference] = {}
 
@@ -74,6 +75,11 @@ class TorchEvents:
             self._references[device_index] = _Reference(first.start, times[0][0])
             first.replace_start(reference.event)
         return times
+
+
+def stream_key(stream: Any) -> tuple[int, int]:
+    """What tells a torch stream from others. (Compared with what is not a stream, a stream calls itself equal.)"""
+    return stream.device_index, stream.stream_id
 
 
 def _nanoseconds(start: Any, end: Any) -> int:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu.relay")
 
 _TICK_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.01
+_QUIET_SECONDS: Final = 1.0
 _FIRST_CLIENT_SECONDS: Final = 10.0
 _FRAMES_PER_TURN: Final = 256
 DRAIN_SECONDS: Final = 5.0
@@ -64,6 +66,7 @@ class Server:
         self._buffer = bytearray(frames.MAX_FRAME_BYTES)
         self._view = memoryview(self._buffer)
         self._started = time.monotonic()
+        self._last_frame = time.monotonic()
         self._had_clients = False
         self._stopping = False
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
@@ -116,7 +119,7 @@ class Server:
                     left = True
                 if not self.accept_waiting():
                     break
-            self._turn(_TICK_SECONDS)
+            self._serve()
         if not left:
             leave()
         self.accept_waiting()
@@ -138,6 +141,19 @@ class Server:
         while self._listener is not None and self._accept():
             pass
         return bool(self._clients)
+
+    def _serve(self) -> None:
+        """Read all that is there, then leave the senders alone for a moment.
+
+        A frame that arrives while the relay waits for one makes the sender wake it, which costs the model's thread
+        more than sending. So the relay looks by itself, and waits only when nothing has come for a while.
+        """
+        quiet = time.monotonic() - self._last_frame > _QUIET_SECONDS
+        busy = self._turn(_TICK_SECONDS if quiet else 0.0)
+        if busy:
+            self._last_frame = time.monotonic()
+        elif not quiet:
+            time.sleep(_LOOK_SECONDS)
 
     def _deserted(self) -> bool:
         if self._clients or self._stay:

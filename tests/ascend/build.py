@@ -86,7 +86,8 @@ def _compile(packages: Path, folder: Path) -> None:
     # Weak: where runtime.c defines the symbol too, its definition is the one that counts.
     stub = '__attribute__((weak, visibility("default"))) void *{}(void) {{ return 0; }}\n'
     stubs.write_text("".join(stub.format(symbol) for symbol in sorted(symbols)))
-    gcc = ("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+    options = "-std=gnu11 -O2 -Wall -Wextra -fPIC -shared -pthread -fvisibility=hidden"
+    gcc = ("gcc", *options.split())
     runtime = str(folder / _RUNTIME)
     _run(*gcc, f"-Wl,-soname,{_RUNTIME}", "-o", runtime, str(HERE / "runtime.c"), str(stubs), "-lm")
     empty = folder / "empty.c"

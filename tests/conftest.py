@@ -1,0 +1,110 @@
+"""What the tests share: a clean environment, an OTLP receiver, programs of their own, and the simulated Ascend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Where torch_npu is installed, importing torch without an Ascend runtime fails; who wants both loads both.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+from tests.receiver import Receiver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tests.ascend.simulator import Simulator
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No setting from outside, and sockets in a folder of the test's own, short enough for a socket's path."""
+    for variable in list(os.environ):
+        if variable.startswith(("OTEL_", "VLLM_")):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+    yield
+    if "otel_npu.capture.switch" in sys.modules:
+        import otel_npu
+
+        otel_npu.disable()
+    os.environ.pop("OTEL_NPU_SESSION", None)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """An OTLP receiver; nothing is sent to it unless the environment says so."""
+    with Receiver() as running:
+        yield running
+
+
+@pytest.fixture
+def run_program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in a process of its own, in this environment and what is added to it."""
+
+    def run(
+        source: str, environment: Mapping[str, str] | None = None, *, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*program(tmp_path, source)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def program(folder: Path, source: str) -> list[str]:
+    """The command that runs this source as a program."""
+    path = folder / f"program_{len(list(folder.glob('program_*')))}.py"
+    path.write_text(textwrap.dedent(source))
+    return [sys.executable, str(path)]
+
+
+@pytest.fixture(scope="session")
+def loaded_ascend() -> Simulator:
+    """The real torch_npu on the simulated runtime, loaded into this process."""
+    from tests.ascend.build import BuildError
+    from tests.ascend.simulator import Simulator
+
+    try:
+        simulator = Simulator.load()
+    except BuildError as error:
+        pytest.skip(str(error))
+    import torch
+    import torch_npu  # noqa: F401
+
+    torch.npu.set_device(0)
+    torch.npu._sleep(1)  # the first operator of a process waits for its own launch; later ones don't
+    return simulator
+
+
+@pytest.fixture
+def ascend(loaded_ascend: Simulator) -> Iterator[Simulator]:
+    """The simulated runtime, as it was again after the test."""
+    import torch
+
+    yield loaded_ascend
+    loaded_ascend.defaults()
+    torch.npu.synchronize()
+
+
+@pytest.fixture
+def torch_npu(ascend: Simulator) -> Any:
+    """torch, with the NPU behind it."""
+    import torch
+
+    return torch

@@ -1,0 +1,179 @@
+"""An OTLP receiver on loopback, over gRPC and HTTP, that keeps every span and can be made to misbehave."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import threading
+import time
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.common.v1 import common_pb2
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span as it arrived; ids in hex, times in nanoseconds since the epoch."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_span_id: str
+    start_ns: int
+    end_ns: int
+    attributes: dict[str, Any]
+    resource: dict[str, Any]
+    scope: str
+    links: list[tuple[str, str]]
+    status: int
+    status_message: str
+    kind: int
+
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+@dataclass
+class Receiver:
+    """Receives on two ports. Set `refuse` to answer with an error, `delay_seconds` to answer late."""
+
+    refuse: bool = False
+    delay_seconds: float = 0.0
+    exports: int = 0
+    grpc_port: int = 0
+    http_port: int = 0
+    _spans: list[Span] = field(default_factory=list)
+    _arrived: threading.Condition = field(default_factory=threading.Condition)
+
+    def __enter__(self) -> Receiver:
+        self._grpc = grpc.server(futures.ThreadPoolExecutor(4))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)
+        self.grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
+        self._grpc.start()
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http_port = self._http.server_address[1]
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._grpc.stop(grace=None).wait()
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    @property
+    def grpc_environment(self) -> dict[str, str]:
+        """What sends spans here over gRPC."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.grpc_port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        }
+
+    @property
+    def http_environment(self) -> dict[str, str]:
+        """What sends spans here over HTTP."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.http_port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        }
+
+    @property
+    def spans(self) -> list[Span]:
+        """All spans so far, in order of arrival."""
+        with self._arrived:
+            return list(self._spans)
+
+    def named(self, name: str) -> list[Span]:
+        """The spans of this name so far."""
+        return [span for span in self.spans if span.name == name]
+
+    def wait_for(self, count: int, name: str | None = None, timeout_seconds: float = 20.0) -> list[Span]:
+        """The spans (of this name), once there are at least so many.
+
+        Raises:
+            AssertionError: They did not arrive in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._arrived:
+            while True:
+                spans = [span for span in self._spans if name is None or span.name == name]
+                if len(spans) >= count:
+                    return spans
+                left = deadline - time.monotonic()
+                assert left > 0, f"{len(spans)} of {count} spans arrived: {sorted({s.name for s in self._spans})}"
+                self._arrived.wait(left)
+
+    def take(self, request: trace_service_pb2.ExportTraceServiceRequest) -> bool:
+        """Keep the request's spans; False to refuse it."""
+        time.sleep(self.delay_seconds)
+        with self._arrived:
+            self.exports += 1
+            if self.refuse:
+                return False
+            for resource_spans in request.resource_spans:
+                resource = _attributes(resource_spans.resource.attributes)
+                for scope_spans in resource_spans.scope_spans:
+                    self._spans += [_span(span, resource, scope_spans.scope.name) for span in scope_spans.spans]
+            self._arrived.notify_all()
+        return True
+
+
+class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if not self._receiver.take(request):
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "refused")
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+def _handler(receiver: Receiver) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # noqa: N802
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+            self.send_response(200 if receiver.take(request) else 403)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+def _span(span: Any, resource: dict[str, Any], scope: str) -> Span:
+    return Span(
+        name=span.name,
+        trace_id=span.trace_id.hex(),
+        span_id=span.span_id.hex(),
+        parent_span_id=span.parent_span_id.hex(),
+        start_ns=span.start_time_unix_nano,
+        end_ns=span.end_time_unix_nano,
+        attributes=_attributes(span.attributes),
+        resource=resource,
+        scope=scope,
+        links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
+        status=span.status.code,
+        status_message=span.status.message,
+        kind=span.kind,
+    )
+
+
+def _attributes(pairs: Any) -> dict[str, Any]:
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _value(value: common_pb2.AnyValue) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [_value(item) for item in value.array_value.values]
+    return None if kind is None else getattr(value, kind)
