@@ -1,0 +1,1 @@
+"""What otel-npu costs and how exact it is, measured."""

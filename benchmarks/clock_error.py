@@ -181,9 +181,7 @@ def draw(samples: list[Sample], title: str) -> str:
         f'<polygon points="{" ".join(f"{a},{b}" for a, b in band)}" fill="#cfe3f5"/>',
     ]
     for us in range(-40, 41, 10):
-        parts.append(
-            f'<path d="M{left} {y(us)}H{width - 20}" stroke="#999" stroke-width="{0.3 if us else 1}"/>'
-        )
+        parts.append(f'<path d="M{left} {y(us)}H{width - 20}" stroke="#999" stroke-width="{0.3 if us else 1}"/>')
         parts.append(f'<text x="{left - 8}" y="{y(us) + 4}" text-anchor="end">{us}</text>')
     for minute in range(0, (end - start) // (60 * S) + 1, 5):
         a = x(start + minute * 60 * S)
@@ -213,13 +211,9 @@ def main() -> None:
     reset_at_ns = HOST_START_NS + 900 * S
     samples = place(engine(drifting(150, reset_at_ns=reset_at_ns), 1800), clock)
     run = figures(samples)
-    print(
-        f"with a reset: {clock.resets} seen, {run.within:.4%} within, 99th percentile {run.p99_error:.1f} us"
-    )
+    print(f"with a reset: {clock.resets} seen, {run.within:.4%} within, 99th percentile {run.p99_error:.1f} us")
     picture = Path(__file__).with_suffix(".svg")
-    picture.write_text(
-        draw(samples, "Placing device spans: 150 ppm drift, a ping a second, device reset after 15 min")
-    )
+    picture.write_text(draw(samples, "Placing device spans: 150 ppm drift, a ping a second, device reset after 15 min"))
     print(picture)
 
 

@@ -4,8 +4,9 @@ Needs torch_npu; runs on an NPU or, with the simulated runtime of the tests, wit
 
     python -m benchmarks.stage_cost
 
-Every variant runs in every round, in turn, so that a slower moment of the machine slows all of them; medians are
-quoted. The task queue is drained outside of what is timed. Each setting of the queue has a process of its own.
+Every variant runs once in every round, so that a slower moment of the machine slows all of them, and a ratio is the
+median of the rounds' own. The task queue is drained outside of what is timed. Each setting of the queue has a
+process of its own.
 """
 
 from __future__ import annotations
@@ -17,56 +18,71 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
+
+import otel_npu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STAGES = 200  # stages timed in one go; well below the task queue's 4096 entries
+_STAGES = 20  # stages in what is timed at once
 _STAGES_PER_STEP = 5
 
+_NULL = "nullcontext()"
+_OFF = "stage(), switched off"
+_BARE = "two bare records"
+_STAGE = "stage()"
+_WHOLE = f"stage() and its share of a step of {_STAGES_PER_STEP}, resolved and sent"
+_OLD = "ProfileExecuteDuration's way"
 
-def _median_costs(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Nanoseconds a stage of each variant: the median over the rounds."""
-    costs: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in variants.values():
-        variant()  # warm up
-    gc.collect()
-    gc.disable()
-    for _ in range(rounds):
+
+class Rounds:
+    """Times each variant once a round: nanoseconds a stage."""
+
+    def __init__(self, drain: Callable[[], None], rounds: int) -> None:
+        self._drain = drain
+        self._rounds = rounds
+        self.costs: dict[str, list[float]] = {}
+
+    def time(self, variants: dict[str, Callable[[], None]]) -> None:
+        """Time these variants against each other."""
         for name, variant in variants.items():
-            costs[name].append(variant() / _STAGES)
-    gc.enable()
-    return {name: statistics.median(values) for name, values in costs.items()}
+            variant()
+            self.costs[name] = []
+        gc.collect()
+        gc.disable()
+        for _ in range(self._rounds):
+            for name, variant in variants.items():
+                self._drain()
+                began = perf_counter_ns()
+                variant()
+                self.costs[name].append((perf_counter_ns() - began) / _STAGES)
+                self._drain()
+        gc.enable()
+
+    def cost(self, name: str) -> float:
+        """Median nanoseconds a stage."""
+        return statistics.median(self.costs[name])
+
+    def ratio(self, one: str, other: str) -> float:
+        """Median of the rounds' ratios."""
+        return statistics.median(a / b for a, b in zip(self.costs[one], self.costs[other], strict=True))
 
 
-def _timed(body: Callable[[], None], drain: Callable[[], None]) -> Callable[[], float]:
-    def once() -> float:
-        drain()
-        began = time.perf_counter_ns()
-        body()
-        took = time.perf_counter_ns() - began
-        drain()
-        return took
-
-    return once
-
-
-def _bare_records(torch: Any) -> Callable[[], None]:
+def bare_records(torch: Any) -> Callable[[], None]:
     """Two records on events that exist: the least that timing a stage can cost."""
-    start = torch.Event(device="npu:0", enable_timing=True)
-    end = torch.Event(device="npu:0", enable_timing=True)
+    pairs = [[torch.Event(device="npu:0", enable_timing=True) for _ in range(2)] for _ in range(_STAGES)]
 
-    def body() -> None:
-        for _ in range(_STAGES):
+    def run() -> None:
+        for start, end in pairs:
             start.record()
             end.record()
 
-    return body
+    return run
 
 
-def _profile_execute_duration(torch: Any) -> Callable[[], None]:
+def profile_execute_duration(torch: Any) -> Callable[[], None]:
     """The way of vllm-ascend's class: a new event pair each time, recorded without naming the stream."""
     captured: list[tuple[str, Any, Any]] = []
 
@@ -81,94 +97,94 @@ def _profile_execute_duration(torch: Any) -> Callable[[], None]:
             end.record()
             captured.append((tag, start, end))
 
-    def body() -> None:
+    def run() -> None:
+        captured.clear()
         for _ in range(_STAGES):
             with capture_async("forward"):
                 pass
-        captured.clear()
 
-    return body
+    return run
 
 
-def _measure(rounds: int) -> None:
-    try:
-        from tests.ascend.simulator import Simulator  # noqa: PLC0415
+def null_contexts() -> None:
+    """What a block costs that nobody times."""
+    null = contextlib.nullcontext
+    for _ in range(_STAGES):
+        with null():
+            pass
+
+
+def stages() -> None:
+    """The stages themselves."""
+    stage = otel_npu.stage
+    for _ in range(_STAGES):
+        with stage("forward"):
+            pass
+
+
+def whole_steps() -> None:
+    """Whole steps: opened, their stages, closed, and older ones resolved and sent."""
+    stage, step = otel_npu.stage, otel_npu.step
+    for _ in range(_STAGES // _STAGES_PER_STEP):
+        with step("decode"):
+            for _ in range(_STAGES_PER_STEP):
+                with stage("forward"):
+                    pass
+
+
+def measure(rounds: int) -> None:
+    """Measure in this process, whose environment says whether the task queue is on."""
+    with contextlib.suppress(ImportError):  # an installation without the tests: then there must be an NPU
+        from tests.ascend.simulator import Simulator
 
         Simulator.load()
-    except ImportError:
-        pass  # an installation without the tests: then there must be an NPU
-    import torch  # noqa: PLC0415
-
-    import otel_npu  # noqa: PLC0415
+    import torch
+    import torch_npu  # noqa: F401
 
     torch.npu.set_device(0)
     torch.npu.synchronize()
-    drain = torch.npu.synchronize
-    stage, step = otel_npu.stage, otel_npu.step
+    timed = Rounds(torch.npu.synchronize, rounds)
+    timed.time({_NULL: null_contexts, _OFF: stages})
+    otel_npu.enable(otel_npu.Settings())
+    with otel_npu.step("decode"), otel_npu.stage("forward"):
+        pass
+    in_step = otel_npu.step("decode")
 
-    def nothing() -> None:
-        null = contextlib.nullcontext
-        for _ in range(_STAGES):
-            with null():
-                pass
+    def open_step() -> None:  # the drain before a variant is the place for what is not timed
+        nonlocal in_step
+        torch.npu.synchronize()
+        in_step.close()
+        in_step = otel_npu.step("decode").open()
 
-    def stages() -> None:
-        for _ in range(_STAGES):
-            with stage("forward"):
-                pass
-
-    off = _median_costs(
-        {"nullcontext()": _timed(nothing, drain), "stage(), switched off": _timed(stages, drain)}, rounds
-    )
-
-    otel_npu.enable(otel_npu.Settings(steps_per_second=2.0))
-
-    def steps() -> None:
-        for _ in range(_STAGES // _STAGES_PER_STEP):
-            with step("decode"):
-                for _ in range(_STAGES_PER_STEP):
-                    with stage("forward"):
-                        pass
-
-    def in_a_step() -> float:
-        with step("decode"):
-            return _timed(stages, drain)()
-
-    costs = off | _median_costs(
-        {
-            "two bare records": _timed(_bare_records(torch), drain),
-            "stage()": in_a_step,
-            "stage(), with its share of a step of 5, resolved and sent": _timed(steps, drain),
-            "ProfileExecuteDuration's way": _timed(_profile_execute_duration(torch), drain),
-        },
-        rounds,
-    )
-    for name, cost in costs.items():
-        print(f"  {name:<60}{cost:>9.0f} ns")
-    records, captured = costs["two bare records"], costs["stage()"]
-    whole = costs["stage(), with its share of a step of 5, resolved and sent"]
-    old = costs["ProfileExecuteDuration's way"]
-    ratio = costs["stage(), switched off"] / costs["nullcontext()"]
-    print(f"  stage() / two bare records: {captured / records:.2f} (with its share of a step: {whole / records:.2f})")
-    print(f"  ProfileExecuteDuration's way / stage(): {old / captured:.1f} (with its share: {old / whole:.1f})")
-    print(f"  switched off / nullcontext(): {ratio:.2f}", flush=True)
+    timed._drain = open_step
+    timed.time({_BARE: bare_records(torch), _STAGE: stages, _OLD: profile_execute_duration(torch)})
+    in_step.close()
+    timed._drain = torch.npu.synchronize
+    timed.time({_WHOLE: whole_steps})
     otel_npu.disable()
+
+    for name in timed.costs:
+        print(f"  {name:<64}{timed.cost(name):>8.0f} ns")
+    print(f"  {_STAGE} / {_BARE}: {timed.ratio(_STAGE, _BARE):.2f} (with its share: {timed.ratio(_WHOLE, _BARE):.2f})")
+    print(f"  {_OLD} / {_STAGE}: {timed.ratio(_OLD, _STAGE):.1f} (with its share: {timed.ratio(_OLD, _WHOLE):.1f})")
+    print(f"  {_OFF} / {_NULL}: {timed.ratio(_OFF, _NULL):.2f}", flush=True)
 
 
 def main() -> None:
+    """Measure with the task queue off and on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--one-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one_process:
-        _measure(arguments.rounds)
+        measure(arguments.rounds)
         return
     for queue, name in (("0", "off"), ("1", "on")):
-        print(f"task queue {name}:", flush=True)
-        environment = os.environ | {"TASK_QUEUE_ENABLE": queue, "OTEL_TRACES_EXPORTER": "none"}
+        print(f"task queue {name}, {arguments.rounds} rounds:", flush=True)
         subprocess.run(  # noqa: S603
             [sys.executable, "-m", "benchmarks.stage_cost", "--one-process", "--rounds", str(arguments.rounds)],
-            env=environment,
+            env=os.environ
+            | {"TASK_QUEUE_ENABLE": queue, "OTEL_TRACES_EXPORTER": "none", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
             check=True,
         )
 

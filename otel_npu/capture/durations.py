@@ -28,6 +28,7 @@ class ProfileExecuteDuration:
     _captured: deque[Stage]
 
     def __new__(cls) -> ProfileExecuteDuration:
+        """The one object of this process."""
         with cls._lock:
             if cls._instance is None:
                 cls._instance = super().__new__(cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from otel_npu.capture.decorate import decorate
@@ -15,19 +16,22 @@ _F = TypeVar("_F", bound="Callable[..., Any]")
 class OffStage:
     """Does nothing as a context manager. As a decorator it asks again at each call, so that enabling later works."""
 
-    __slots__ = ("_again",)
+    __slots__ = ("_again", "_attributes", "_name")
 
-    def __init__(self, again: Callable[[], Any]) -> None:
+    def __init__(self, again: Callable[..., Any], name: str, attributes: dict[str, Any]) -> None:
         self._again = again
+        self._name = name
+        self._attributes = attributes
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
         pass
 
     def __call__(self, function: _F) -> _F:
-        return decorate(function, self._again)
+        """Decorate a function or coroutine function."""
+        return decorate(function, functools.partial(self._again, self._name, **self._attributes))
 
 
 class OffStep:

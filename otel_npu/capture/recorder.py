@@ -10,16 +10,15 @@ import sys
 import threading
 import time
 import uuid
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import devices, semconv
 from otel_npu.capture import context, hang
-from otel_npu.drops import REPORT_SECONDS, Drops
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.stages import MAX_PENDING, Step, ThreadState
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool
+from otel_npu.drops import REPORT_SECONDS, Drops
 from otel_npu.wire import frames
 from otel_npu.wire.channel import Channel
 from otel_npu.wire.link import RelayLink
@@ -129,8 +128,8 @@ class Recorder:
         """Look again for the device, as long as the program has not initialised it."""
         try:
             device = devices.find(self.settings.device)
-        except Exception as error:  # noqa: BLE001  ours, whatever it is, and never the model's
-            _log.error("OTEL_NPU_DEVICE=%r: %s; tracing is off", self.settings.device, error)  # noqa: TRY400
+        except Exception as error:
+            _log.error("OTEL_NPU_DEVICE=%r: %s; tracing is off", self.settings.device, error)
             self.device_is_open_question = False
             self.stop_capture()
             return
@@ -156,7 +155,7 @@ class Recorder:
 
     def stop_capture(self) -> None:
         """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
-        from otel_npu.capture import switch  # noqa: PLC0415  the switch imports this module
+        from otel_npu.capture import switch
 
         switch.turn_off(self)
 
@@ -170,7 +169,7 @@ class Recorder:
                 time.sleep(0.001)
             number = next(self._flushes)
             left_seconds = deadline - time.monotonic()
-            self._channel.send(frames.encode(frames.Flush(number, left_seconds)))
+            self._channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), 3600.0))))
             while (left_seconds := deadline - time.monotonic()) > 0:
                 answer = self._channel.receive(left_seconds)
                 if not answer:
@@ -203,7 +202,7 @@ class Recorder:
                 self._channel.drain()
                 if tick % _SLOW_TICKS == 0:
                     self._watch()
-            except Exception:  # noqa: BLE001
+            except Exception:
                 self._own_fault()
             if self._stop.wait(IDLE_SECONDS):
                 return
@@ -266,9 +265,9 @@ class Recorder:
             pid=os.getpid(),
             host=socket.gethostname(),
             instance_id=self._instance_id,
-            executable=sys.executable or "",
-            service_name=os.environ.get("OTEL_SERVICE_NAME", ""),
-            resource_attributes=os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""),
+            executable=_utf8(sys.executable or ""),
+            service_name=_utf8(os.environ.get("OTEL_SERVICE_NAME", "")),
+            resource_attributes=_utf8(os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")),
             device_kind=self.device.kind,
             device_name=self._device_name(),
             device_resolution_ns=self.device.resolution_ns,
@@ -277,8 +276,13 @@ class Recorder:
     def _device_name(self) -> str:
         try:
             return self.device.name(0)
-        except Exception:  # noqa: BLE001  a nameless device is still a device
+        except Exception:
             return ""
+
+
+def _utf8(text: str) -> str:
+    """Text of the environment, which may be any bytes, as text that can be sent."""
+    return os.fsencode(text).decode(errors="replace")
 
 
 def _pool_of(step: Step) -> Pool | None:

@@ -14,9 +14,9 @@ from otel_npu.capture import context
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from otel_npu.drops import Drops
     from otel_npu.capture.stages import Stage, Step, ThreadState
     from otel_npu.devices.pair import Pair
+    from otel_npu.drops import Drops
     from otel_npu.wire.channel import Channel
 
 _log = logging.getLogger("otel_npu")
@@ -74,7 +74,8 @@ class Resolver:
                     pools.setdefault(id(_pair(stage).pool), []).append(stage)
                 for group in pools.values():
                     self._read(group)
-        self._channel.send(frames.encode(self._frame(step, seen_ns)))
+        frame = self._frame(step, seen_ns)
+        self._channel.send(frames.encode(frame), frame.dropped)
         if self._log_stages and not step.bare:
             _log_line(step)
         if step.hang_reported:
@@ -101,7 +102,7 @@ class Resolver:
             for pair in pairs:  # one bad event must not cost the others their times
                 try:
                     times += read(pool.device_index, [pair])
-                except Exception:  # noqa: BLE001  counted below
+                except Exception:
                     times.append(None)
         unreadable = 0
         host_clock = pool.device.host_clock

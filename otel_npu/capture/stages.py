@@ -15,13 +15,13 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from otel_npu import semconv
-from otel_npu.capture import context
 from otel_npu.capture.decorate import decorate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from otel_npu.capture import context
     from otel_npu.capture.recorder import Local, Recorder
     from otel_npu.devices.pair import Pair, Pool
 
@@ -146,6 +146,7 @@ class Stage:
         key = state.current_stream_key()
         if key != state.stream_key:
             state.change_stream(key)
+        pair: Pair | None
         try:
             pair = state.free.pop()
         except IndexError:
@@ -190,7 +191,8 @@ class Stage:
             step.close()
 
     def __call__(self, function: _F) -> _F:
-        from otel_npu.capture import switch  # noqa: PLC0415  it imports this module
+        """Decorate a function or coroutine function."""
+        from otel_npu.capture import switch
 
         return decorate(function, functools.partial(switch.stage, self.name, **self.attributes))
 
@@ -346,4 +348,3 @@ class Step:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(kind)
-

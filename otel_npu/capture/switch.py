@@ -31,6 +31,7 @@ _decided = False
 _forked_from: Settings | None = None
 """In a forked child, until it captures: what tracing was like in its parent."""
 _off_stages: dict[str, OffStage] = {}
+"""Filled only while it is settled that tracing is off; shared by all who ask for the same name."""
 _closing: list[Recorder] = []
 _inherited: list[object] = []
 _lock = threading.RLock()
@@ -56,11 +57,12 @@ def stage(name: str, /, **attributes: Any) -> Stage | OffStage:
         new.attributes = attributes
         new.step = None
         return new
-    if not _decided and _decide():
-        return stage(name, **attributes)
     if attributes:
-        return OffStage(lambda: stage(name, **attributes))
-    return _off_stages.get(name) or _off_stage(name)
+        return stage(name, **attributes) if not _decided and _decide() else OffStage(stage, name, attributes)
+    try:
+        return _off_stages[name]
+    except KeyError:
+        return stage(name) if not _decided and _decide() else _off_stage(name)
 
 
 def step(kind: str = "", /, *, requests: Sequence[Any] = (), **attributes: Any) -> Step | OffStep:
@@ -153,7 +155,7 @@ def _decide() -> bool:
         try:
             settings = Settings.from_environment()
         except SettingsError as error:
-            _log.error("%s; tracing is off", error)  # noqa: TRY400
+            _log.error("%s; tracing is off", error)
             return False
         return settings.enabled and _turn_on(settings, None)
 
@@ -169,7 +171,7 @@ def _turn_on(settings: Settings | None, device: Device | None) -> bool:
                 settings = Settings.from_environment()
             _recorder = Recorder(settings, device)
         except SettingsError as error:
-            _log.error("%s; tracing is off", error)  # noqa: TRY400
+            _log.error("%s; tracing is off", error)
             return False
         except Exception:
             _log.exception("tracing could not start and is off; the program is not affected")
@@ -181,7 +183,7 @@ def _turn_on(settings: Settings | None, device: Device | None) -> bool:
 
 
 def _off_stage(name: str) -> OffStage:
-    off = OffStage(lambda: stage(name))
+    off = OffStage(stage, name, {})
     if len(_off_stages) < _MAX_OFF_STAGES:
         _off_stages[name] = off
     return off
@@ -225,6 +227,7 @@ def _after_fork_in_child() -> None:
     parent = _recorder
     if parent is not None:
         _recorder, _decided, _forked_from = None, False, parent.settings
+        _off_stages.clear()
         parent.abandon()
         # Never destroyed: its events belong to a device context that this process does not have.
         _inherited.append(parent)

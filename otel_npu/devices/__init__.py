@@ -9,20 +9,9 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from otel_npu.devices.pair import Pair
-
-
-class Times(Protocol):
-    """Reads event pairs; every pair is of the same device and known to be done."""
-
-    def __call__(self, device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
-        """Start and duration of each pair, in nanoseconds of the device's own clock.
-
-        Raises:
-            OSError, RuntimeError: The device's times can't be read.
-        """
 
 
 class Device(Protocol):
@@ -40,24 +29,29 @@ class Device(Protocol):
     pool_pairs: int
     """How many event pairs may exist on each device; far below the event ids that the hardware has."""
 
-    current_stream_key: Callable[[], Any]
-    """What tells the calling thread's current stream from any other, of any device. Called for every stage."""
+    def current_stream_key(self) -> Any:
+        """What tells the calling thread's current stream from any other, of any device. Called for every stage."""
 
-    current_stream: Callable[[], Any]
-    """That stream, with `device_index` and `stream_id`."""
-
-    read: Times
-
-    def new_event(self, device_index: int) -> Any:
-        """An event with timing, with `record(stream)`, `query()` and `synchronize()`."""
+    def current_stream(self) -> Any:
+        """That stream, with `device_index` and `stream_id`."""
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured into a graph. Asked on side streams only."""
 
-    def adopt_thread(self, device_index: int) -> None:
+    def new_event(self, device_index: int, /) -> Any:
+        """An event with timing, with `record(stream)`, `query()` and `synchronize()`."""
+
+    def read(self, device_index: int, pairs: Sequence[Pair], /) -> list[tuple[int, int]]:
+        """Start and duration of each pair, all of this device and done, in nanoseconds of the device's own clock.
+
+        Raises:
+            OSError, RuntimeError: The device's times can't be read.
+        """
+
+    def adopt_thread(self, device_index: int, /) -> None:
         """Make the calling thread fit to query and read events of this device."""
 
-    def name(self, device_index: int) -> str:
+    def name(self, device_index: int, /) -> str:
         """The device's model, or an empty string."""
 
 
@@ -71,11 +65,11 @@ def find(kind: str) -> Device | None:
         ValueError: There can be no such device in this process; the text says why.
     """
     if kind == "cpu":
-        from otel_npu.devices.cpu import Cpu  # noqa: PLC0415
+        from otel_npu.devices.cpu import Cpu
 
         return Cpu()
     if kind == "simulated":
-        from otel_npu.devices.simulated import default_device  # noqa: PLC0415
+        from otel_npu.devices.simulated import default_device
 
         return default_device()
     torch = sys.modules.get("torch")
@@ -87,10 +81,10 @@ def find(kind: str) -> Device | None:
     if not getattr(torch, accelerator).is_initialized():
         return None
     if accelerator == "npu":
-        from otel_npu.devices.npu import Npu  # noqa: PLC0415
+        from otel_npu.devices.npu import Npu
 
         return Npu.open()
-    from otel_npu.devices.torch_event import TorchEvents  # noqa: PLC0415
+    from otel_npu.devices.torch_event import TorchEvents
 
     return TorchEvents(accelerator)
 

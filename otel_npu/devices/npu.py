@@ -49,8 +49,8 @@ class Npu:
     @classmethod
     def open(cls) -> Npu:
         """The NPUs of this process, which has initialised them."""
-        import torch  # noqa: PLC0415
-        import torch_npu  # noqa: PLC0415
+        import torch
+        import torch_npu
 
         try:
             # Loaded long since by torch_npu; opened by soname it is the same one. Held under the GIL: the calls

@@ -30,7 +30,7 @@ class TorchEvents:
     pool_pairs = 1024
 
     def __init__(self, kind: str) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         self.kind = kind
         self._torch = torch
@@ -78,9 +78,9 @@ class TorchEvents:
 
 
 def stream_key(stream: Any) -> tuple[int, int]:
-    """What tells a torch stream from others. (Compared with what is not a stream, a stream calls itself equal.)"""
+    """What tells a torch stream from others. A stream itself says that it equals whatever is not a stream."""
     return stream.device_index, stream.stream_id
 
 
 def _nanoseconds(start: Any, end: Any) -> int:
-    return round(start.elapsed_time(end) * 1e6)
+    return round(float(start.elapsed_time(end)) * 1e6)
