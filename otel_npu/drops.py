@@ -22,6 +22,12 @@ class Drops:
             self._unsent[reason] = self._unsent.get(reason, 0) + count
             self._unlogged[reason] = self._unlogged.get(reason, 0) + count
 
+    def put_back(self, counts: dict[str, int]) -> None:
+        """What was taken to be sent did not arrive: it goes with the next frame."""
+        with self._lock:
+            for reason, count in counts.items():
+                self._unsent[reason] = self._unsent.get(reason, 0) + count
+
     def take_unsent(self) -> dict[str, int]:
         """The counts since the last call, for the next frame."""
         if not self._unsent:  # nearly always

@@ -95,6 +95,7 @@ STEP_TOO_DEEP: Final = "step_too_deep"
 REENTERED: Final = "reentered"
 BACKLOG_FULL: Final = "backlog_full"
 TIMES_UNREADABLE: Final = "times_unreadable"
+PING_UNANSWERED: Final = "ping_unanswered"
 BAD_ATTRIBUTE: Final = "bad_attribute"
 BAD_LINK: Final = "bad_link"
 BAD_FRAME: Final = "bad_frame"
@@ -111,6 +112,7 @@ DROP_REASONS: Final = (
     Term(REENTERED, "", "A stage or step object was entered again while open. Not recorded."),
     Term(BACKLOG_FULL, "{frame}", "The relay did not keep up and the bounded buffer was full."),
     Term(TIMES_UNREADABLE, "{stage}", "The device's times could not be read. Host-timed instead."),
+    Term(PING_UNANSWERED, "{ping}", "A device did not answer a look at its clock in time, or with an error."),
     Term(BAD_ATTRIBUTE, "{attribute}", "Not a string, number, flag or a list of one of these."),
     Term(BAD_LINK, "{link}", "An entry of `requests` that is neither a traceparent nor a span context."),
     Term(BAD_FRAME, "{frame}", "A frame that the relay could not read, or one too large to send."),

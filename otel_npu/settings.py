@@ -71,9 +71,9 @@ class Settings:
             SettingsError: For the first variable with a bad value.
         """
         read = _Reader(environment)
-        enabled = read(ENABLED, _flag, default=False) or read(ENABLED_ALIAS, _flag, default=False)
-        # The standard says of this one: only "true", in any case, disables; anything else does not.
-        if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        flags = [read(variable, _flag, default=False) for variable in (ENABLED, ENABLED_ALIAS)]  # both are checked
+        enabled = any(flags)
+        if sdk_disabled(environment):
             enabled = False
         sampler = environment.get("OTEL_TRACES_SAMPLER", "").strip().lower()
         return cls(
@@ -87,6 +87,11 @@ class Settings:
             log_stages=read(LOG_STAGES, _flag, default=cls.log_stages),
             root_traces=sampler not in ("always_off", "parentbased_always_off"),
         )
+
+
+def sdk_disabled(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the standard variable turns all tracing off: by "true" in any case, and by nothing else."""
+    return environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
 class _Reader:
@@ -150,4 +155,3 @@ def _device(variable: str, value: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
         raise _error(variable, value, "auto, npu, cpu, simulated or a torch device type such as cuda")
     return value
-

@@ -1,0 +1,1 @@
+"""Statements about what otel-npu does."""

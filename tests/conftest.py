@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from tests.ascend.simulator import Simulator
+    from tests.capturing import Captured, Exported
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -44,6 +45,38 @@ def receiver() -> Iterator[Receiver]:
     """An OTLP receiver; nothing is sent to it unless the environment says so."""
     with Receiver() as running:
         yield running
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has used nothing yet: the environment is still to be read."""
+    from otel_npu.capture import switch
+
+    monkeypatch.setattr(switch, "_decided", False)
+    switch._off_stages.clear()
+
+
+@pytest.fixture
+def captured() -> Iterator[Captured]:
+    """Tracing on a simulated NPU with a clock of the test's own; what is captured is seen as frames."""
+    from tests.capturing import capturing
+
+    with capturing() as tracing:
+        yield tracing
+
+
+@pytest.fixture
+def exported(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Exported:
+    """The same, with the relay on a thread and its spans sent to the receiver."""
+    from otel_npu.capture import switch
+    from tests.capturing import Clock, Exported, chosen, simulated
+
+    for variable, value in receiver.grpc_environment.items():
+        monkeypatch.setenv(variable, value)
+    clock = Clock()
+    tracing = Exported(simulated(clock), clock, receiver)
+    switch.enable_on(tracing.device, chosen())
+    return tracing
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ class Receiver:
     exports: int = 0
     grpc_port: int = 0
     http_port: int = 0
+    _closing: threading.Event = field(default_factory=threading.Event)
     _spans: list[Span] = field(default_factory=list)
     _arrived: threading.Condition = field(default_factory=threading.Condition)
 
@@ -64,6 +65,7 @@ class Receiver:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing.set()
         self._grpc.stop(grace=None).wait()
         self._http.shutdown()
         self._thread.join()
@@ -113,7 +115,7 @@ class Receiver:
 
     def take(self, request: trace_service_pb2.ExportTraceServiceRequest) -> bool:
         """Keep the request's spans; False to refuse it."""
-        time.sleep(self.delay_seconds)
+        self._closing.wait(self.delay_seconds)
         with self._arrived:
             self.exports += 1
             if self.refuse:

@@ -4,7 +4,7 @@ The wheel is unmodified; behind it runs the simulated runtime of `tests/ascend`.
 (torch_npu's default) kernels and records go through the host's task queue, with 0 straight to the runtime.
 """
 
-# ruff: noqa: PLC0415  # torch can only be imported once the simulated runtime is loaded
+# torch can only be imported once the simulated runtime is loaded
 
 from __future__ import annotations
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
+
+
+class AnyStage(Protocol):
+    """What `stage()` gives, on or off. One type, not a union: type checkers take no union for a decorator."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+    def __call__(self, function: _F, /) -> _F:
+        """Decorate a function or coroutine function."""
 
 
 def decorate(function: _F, new_stage: Callable[[], Any]) -> _F:

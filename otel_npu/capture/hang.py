@@ -55,6 +55,7 @@ def watch(state: ThreadState, hang_seconds: float, channel: Channel, drops: Drop
     )
     if step.closed_ns > 0 and not stage.exited_ns:
         give_up(step, drops)  # its step is over and its exit will never come; do not hold up the others
+        step.hang_reported = False  # and there will be no word that it has finished after all
 
 
 def _unfinished(step: Step) -> Stage | None:

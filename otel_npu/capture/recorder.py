@@ -35,7 +35,8 @@ EXIT_SECONDS: Final = 2.0
 # catch up after the device has been behind.
 _STEPS_PER_BOUNDARY: Final = 4
 _STEPS_PER_TICK: Final = 64
-_SLOW_TICKS: Final = 50  # what is done about once a second
+_WATCH_SECONDS: Final = 1.0
+_PING_BUDGET_NS: Final = 100_000
 
 
 class Local(threading.local):
@@ -70,7 +71,9 @@ class Recorder:
         self._link = RelayLink(self._channel, settings, self.drops)
         self._flushes = itertools.count(1)
         self._flush_lock = threading.Lock()
+        self._flushing = False
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._idle_since: dict[ThreadState, int] = {}
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
         self.local = Local(self)
@@ -163,10 +166,16 @@ class Recorder:
         """Resolve and export what was captured so far; whether all of it was, in time."""
         deadline = time.monotonic() + timeout_seconds
         with self._flush_lock:
-            while not self._resolved_and_sent():
-                if time.monotonic() >= deadline:
-                    return False
-                time.sleep(0.001)
+            self._flushing = True
+            try:
+                while not self._resolved_and_sent():
+                    if time.monotonic() >= deadline:
+                        return False
+                    # By the idle thread: to read a device's events the caller would have to change its own device.
+                    self._wake.set()
+                    time.sleep(0.001)
+            finally:
+                self._flushing = False
             number = next(self._flushes)
             left_seconds = deadline - time.monotonic()
             self._channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), 3600.0))))
@@ -183,8 +192,11 @@ class Recorder:
         """Flush, then let the relay go. Waits at most this long."""
         deadline = time.monotonic() + timeout_seconds
         self.running = False
-        self.flush(timeout_seconds)
+        if not self._link.failing:
+            self.flush(timeout_seconds)
+        self._log_drops()
         self._stop.set()
+        self._wake.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
 
@@ -195,24 +207,29 @@ class Recorder:
     # The idle thread.
 
     def _run(self) -> None:
-        for tick in itertools.count():
+        next_watch = 0.0
+        while True:
             try:
                 self._link.keep()
                 self._resolve_idle()
                 self._channel.drain()
-                if tick % _SLOW_TICKS == 0:
+                if time.monotonic() >= next_watch:
+                    next_watch = time.monotonic() + _WATCH_SECONDS
                     self._watch()
+                    self._ping()
             except Exception:
                 self._own_fault()
-            if self._stop.wait(IDLE_SECONDS):
+            self._wake.wait(IDLE_SECONDS)
+            self._wake.clear()
+            if self._stop.is_set():
                 return
 
     def _resolve_idle(self) -> None:
-        """Resolve for the threads that closed no step since the last time."""
+        """Resolve for the threads that closed no step since the last time; to flush, for all."""
         with self._lock:
             states = list(self._states)
         for state in states:
-            if state.pending and self._idle_since.get(state) == state.boundaries:
+            if state.pending and (self._flushing or self._idle_since.get(state) == state.boundaries):
                 self._resolve_for(state)
             self._idle_since[state] = state.boundaries
 
@@ -229,11 +246,8 @@ class Recorder:
     def _resolved_and_sent(self) -> bool:
         with self._lock:
             states = list(self._states)
-        for state in states:
-            if state.pending:
-                self._resolve_for(state)
         self._channel.drain()
-        return self._channel.connected and self._channel.empty and not any(state.pending for state in states)
+        return self._channel.connected and self._channel.empty and all(map(_resolved, states))
 
     def _watch(self) -> None:
         with self._lock:
@@ -251,9 +265,36 @@ class Recorder:
                     state.lock.release()
         if time.monotonic() >= self._next_drop_line:
             self._next_drop_line = time.monotonic() + REPORT_SECONDS
-            line = self.drops.take_line()
-            if line:
-                _log.warning("left out in the last minute: %s", line)
+            self._log_drops()
+
+    def _log_drops(self) -> None:
+        line = self.drops.take_line()
+        if line:
+            _log.warning("left out in the last minute: %s", line)
+
+    def _ping(self) -> None:
+        """Look at the clock of each device that is in use."""
+        with self._lock:
+            pools = list(self._pools.values())
+            states = list(self._states)
+        # Not while a thread captures a graph: nobody knows what a driver makes of other work meanwhile.
+        if not pools or any(
+            state.stream_key is not None and self.device.captured(state.stream_key) for state in states
+        ):
+            return
+        for pool in pools:
+            if pool.device.host_clock:
+                continue
+            try:
+                pool.device.adopt_thread(pool.device_index)
+                ping = pool.device.ping(pool.device_index, _PING_BUDGET_NS)
+            except (OSError, RuntimeError):
+                _log.debug("a ping failed", exc_info=True)
+                ping = None
+            if ping is None:
+                self.drops.add(semconv.PING_UNANSWERED)
+            else:
+                self._channel.send(frames.encode(frames.Ping(pool.device_index, *ping)))
 
     def _own_fault(self) -> None:
         self.drops.add(semconv.INTERNAL_ERROR)
@@ -287,6 +328,16 @@ def _utf8(text: str) -> str:
 
 def _pool_of(step: Step) -> Pool | None:
     return next((stage.pair.pool for stage in step.stages if stage.pair is not None), None)
+
+
+def _resolved(state: ThreadState) -> bool:
+    """Whether nothing is pending; a step that is being resolved just now is, though no longer in the queue."""
+    if not state.lock.acquire(blocking=False):
+        return False
+    try:
+        return not state.pending
+    finally:
+        state.lock.release()
 
 
 def _alive(state: ThreadState) -> bool:

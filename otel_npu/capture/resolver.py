@@ -62,7 +62,9 @@ class Resolver:
         timed = []
         for stage in stages:
             if stage.pair is None:
-                stage.device_ns = stage.duration_ns = None
+                # Host-timed, unless somebody has waited for it.
+                stage.device_ns = getattr(stage, "device_ns", None)
+                stage.duration_ns = getattr(stage, "duration_ns", None)
             else:
                 timed.append(stage)
         if timed:
@@ -167,7 +169,7 @@ class Resolver:
         good = [link for link in links if link is not None]
         if len(good) < len(links):
             self._drops.add(semconv.BAD_LINK, len(links) - len(good))
-        return good
+        return [link for link in good if link[-1] & context.SAMPLED]  # to spans that are kept alone
 
     def _attributes(self, attributes: dict[str, Any]) -> frames.Attributes:
         good: frames.Attributes = {}
@@ -204,9 +206,11 @@ def give_up(step: Step, drops: Drops) -> None:
 def _clean(value: Any) -> frames.AttributeValue | None:
     """The value if a span can carry it. Nothing else is converted: `str()` of a tensor waits for the device."""
     if isinstance(value, str):
-        return value[:MAX_TEXT]
+        text = value[:MAX_TEXT]
+        return text if text.isascii() or _encodable(text) else None
     if isinstance(value, bool | float):
-        return value
+        # What is derived from a float, such as numpy's, the encoder does not take.
+        return value if isinstance(value, bool) else float(value)
     if isinstance(value, int):
         return int(value) if -_INT64 <= value < _INT64 else None
     if isinstance(value, list | tuple):
@@ -217,10 +221,19 @@ def _clean(value: Any) -> frames.AttributeValue | None:
     return None
 
 
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
 def _log_line(step: Step) -> None:
     durations: dict[str, int] = {}
     for stage in reversed(step.stages):  # the last first, as vllm-ascend printed them
-        durations[stage.name] = durations.get(stage.name, 0) + (stage.duration_ns or stage.exited_ns - stage.entered_ns)
+        duration_ns = stage.exited_ns - stage.entered_ns if stage.duration_ns is None else stage.duration_ns
+        durations[stage.name] = durations.get(stage.name, 0) + duration_ns
     if durations:
         tags = " ".join(f"[{name}]:{duration_ns * 1e-6:.2f}ms" for name, duration_ns in durations.items())
         _log.info("Profile execute duration [%s]: %s", (step.kind or "step").capitalize(), tags)

@@ -65,8 +65,8 @@ class ThreadState:
         """Held while this thread's pending steps are resolved, by whichever thread does it."""
         self.boundaries = 0
         """Counts closed steps: while it moves, the idle thread leaves the resolving to this one."""
+        recorder.adopt(self)  # first: a device that becomes known meanwhile must not be missed
         self.use_device()
-        recorder.adopt(self)
 
     def use_device(self) -> None:
         """Begin anew with the recorder's device, which may have become known only now."""
@@ -84,8 +84,11 @@ class ThreadState:
         self.side_stream = stream.stream_id != 0
         self.pool = self.recorder.pool(stream.device_index)
         self.free = self.pool.free
-        if self.step is not None and self.step.stages:
-            self.step.one_stream = False
+        step = self.step
+        while step is not None:  # on the way back to the step around, nothing tells that the stream has changed
+            if step.stages:
+                step.one_stream = False
+            step = step.outer
 
     def another_pair(self) -> Pair | None:
         """An event pair although none is free, or None, counted, when there may be no more."""
@@ -93,6 +96,18 @@ class ThreadState:
         if pair is None:
             self.recorder.drops.add(semconv.POOL_EXHAUSTED)
         return pair
+
+    def take_out(self, closed: Step) -> None:
+        """Forget a step that is closed before those that were opened inside it."""
+        inside: list[Step] = []
+        step = self.step
+        while step is not None and step is not closed:
+            inside.append(step)
+            step = step.outer
+        if step is closed and inside:
+            inside[-1].outer = closed.outer
+            for step in inside:
+                step.depth -= 1
 
 
 class Stage:
@@ -117,7 +132,6 @@ class Stage:
         "local",
         "name",
         "pair",
-        "shadowed",
         "step",
         "stream",
     )
@@ -131,7 +145,6 @@ class Stage:
     local: Local
     name: str
     pair: Pair | None
-    shadowed: list[Step]
     step: Step | None
     stream: Any
 
@@ -150,10 +163,10 @@ class Stage:
         try:
             pair = state.free.pop()
         except IndexError:
-            pair = state.another_pair()
             if len(step.stages) >= MAX_STAGES:
-                self._leave_out(state, step, pair, semconv.STEP_TOO_LARGE)
+                self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
                 return
+            pair = state.another_pair()
         if state.side_stream and state.capturing():
             self._leave_out(state, step, pair, semconv.STREAM_CAPTURED)
             return
@@ -167,7 +180,7 @@ class Stage:
             try:
                 pair.record_start(stream)
             except BaseException:
-                state.recorder.stop_for_the_models_error()
+                self._start_failed(step)
                 raise
 
     def __exit__(
@@ -175,7 +188,6 @@ class Stage:
     ) -> None:
         step = self.step
         if step is None:
-            self._exit_left_out()
             return
         self.exited_ns = perf_counter_ns()
         self.error = kind
@@ -184,7 +196,7 @@ class Stage:
             try:
                 pair.record_end(self.stream)
             except BaseException:
-                step.recorder.stop_for_the_models_error()
+                self._end_failed(step)
                 raise
             step.last = self
         if step.bare and step.stages[0] is self:
@@ -201,16 +213,26 @@ class Stage:
         step = self.step
         if step is None:
             return 0  # it was left out
+        pair = self.pair
+        if pair is not None:
+            pair.end.synchronize()  # without the lock: if it hangs, the hang watch has to get at it
         with step.state.lock:
-            pair = self.pair
+            pair = self.pair  # it may have been resolved meanwhile
             if pair is not None:
-                pair.end.synchronize()
-                try:
-                    return pair.pool.device.read(pair.pool.device_index, [pair])[0][1]
-                except (OSError, RuntimeError):
-                    step.recorder.drops.add(semconv.TIMES_UNREADABLE)
+                self._read_alone(step, pair)
         duration_ns: int | None = getattr(self, "duration_ns", None)
         return self.exited_ns - self.entered_ns if duration_ns is None else duration_ns
+
+    def _read_alone(self, step: Step, pair: Pair) -> None:
+        """Read this stage before its step is resolved. Once: to read may move the event that times count from."""
+        pool = pair.pool
+        try:
+            ((device_ns, self.duration_ns),) = pool.device.read(pool.device_index, [pair])
+            self.device_ns = None if pool.device.host_clock else device_ns
+        except (OSError, RuntimeError):
+            step.recorder.drops.add(semconv.TIMES_UNREADABLE)
+        self.pair = None
+        pool.free.append(pair)
 
     def _leave_out(self, state: ThreadState, step: Step, pair: Pair | None, reason: str) -> None:
         state.recorder.drops.add(reason)
@@ -218,24 +240,64 @@ class Stage:
             state.free.append(pair)
         if step.bare and not step.stages:
             state.step = None
+        self.pair = None
+        LeftOut(self)
 
     def _enter_again(self) -> bool:
         """Make room for another use of the same object; False if the one before is still open."""
-        step = cast("Step", self.step)
-        if not self.exited_ns:
-            step.recorder.drops.add(semconv.REENTERED)
-            self.shadowed = [*getattr(self, "shadowed", ()), step]
-            self.step = None
+        step = self.step
+        if isinstance(step, LeftOut) or not self.exited_ns:
+            self.local.state.recorder.drops.add(semconv.REENTERED)
+            if isinstance(step, LeftOut):
+                step.entered += 1
+            else:
+                LeftOut(self)
             return False
+        assert step is not None
         with step.state.lock:  # the step of the use before may be about to be resolved
             if self in step.stages:
                 step.stages[step.stages.index(self)] = copy.copy(self)
+        self.step = self.pair = self.device_ns = self.duration_ns = None
         return True
 
-    def _exit_left_out(self) -> None:
-        shadowed = getattr(self, "shadowed", None)
-        if shadowed:
-            self.step = shadowed.pop()
+    def _start_failed(self, step: Step) -> None:
+        """The stage does not begin: the program's error goes out of its entry."""
+        step.stages.remove(self)
+        self.step = None
+        step.recorder.stop_for_the_models_error()
+
+    def _end_failed(self, step: Step) -> None:
+        """The stage has host times alone, and its step must not wait for an event that was never recorded."""
+        self.pair = None
+        step.recorder.drops.add(semconv.TIMES_UNREADABLE)
+        step.recorder.stop_for_the_models_error()
+        if step.bare and step.stages[0] is self:
+            step.close()
+
+
+class LeftOut:
+    """Stands in the place of a stage's step while an entry of it is left out: the exit that belongs to it ends here.
+
+    So that the hot path need not ask: to a stage's exit it looks like a step with this one stage.
+    """
+
+    __slots__ = ("_pair", "_step", "bare", "entered", "stages")
+
+    def __init__(self, stage: Stage) -> None:
+        self.bare = True
+        self.stages = [stage]
+        self.entered = 1
+        self._step, self._pair = stage.step, stage.pair
+        stage.step, stage.pair = cast("Step", self), None
+
+    def close(self) -> None:
+        """One of the entries that were left out has been left; with the last the stage is what it was."""
+        stage = self.stages[0]
+        stage.exited_ns = 0
+        self.entered -= 1
+        if not self.entered:
+            stage.step, stage.pair = self._step, self._pair
+            self.stages = []  # it and the stage refer to each other
 
 
 class Step:
@@ -325,6 +387,8 @@ class Step:
         state = self.state
         if state.step is self:
             state.step = self.outer
+        else:
+            state.take_out(self)
         self.recorder.step_closed(state, self)
 
     def ready(self) -> bool:

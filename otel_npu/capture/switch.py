@@ -7,16 +7,18 @@ import logging
 import os
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.capture.off import OffStage, OffStep
 from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
 from otel_npu.capture.stages import Stage, Step
-from otel_npu.settings import Settings, SettingsError
+from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from otel_npu.capture.decorate import AnyStage
     from otel_npu.devices import Device
 
 _log = logging.getLogger("otel_npu")
@@ -37,7 +39,7 @@ _inherited: list[object] = []
 _lock = threading.RLock()
 
 
-def stage(name: str, /, **attributes: Any) -> Stage | OffStage:
+def stage(name: str, /, **attributes: Any) -> AnyStage:
     """A stage of inference: the time on the device's stream between entering and leaving.
 
     A context manager, or a decorator of a function or coroutine function. What it measures are two events on the
@@ -166,9 +168,11 @@ def _turn_on(settings: Settings | None, device: Device | None) -> bool:
         _decided = True
         if _recorder is not None:
             return True
+        if sdk_disabled() or (settings is not None and not settings.enabled):
+            return False
         try:
-            if settings is None:
-                settings = Settings.from_environment()
+            if settings is None:  # to be asked for is enough, and a forked child is as its parent
+                settings = replace(Settings.from_environment(), enabled=True)
             _recorder = Recorder(settings, device)
         except SettingsError as error:
             _log.error("%s; tracing is off", error)
@@ -227,6 +231,7 @@ def _after_fork_in_child() -> None:
     parent = _recorder
     if parent is not None:
         _recorder, _decided, _forked_from = None, False, parent.settings
+        _off_stages.clear()  # whoever finds one there does not ask whether tracing is on
         _off_stages.clear()
         parent.abandon()
         # Never destroyed: its events belong to a device context that this process does not have.

@@ -6,12 +6,13 @@ Each kind is one small class in a module of its own. All of them answer to `Devi
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from otel_npu.devices.pair import Pair
+    from otel_npu.devices.ping import Ping
 
 
 class Device(Protocol):
@@ -51,8 +52,24 @@ class Device(Protocol):
     def adopt_thread(self, device_index: int, /) -> None:
         """Make the calling thread fit to query and read events of this device."""
 
+    def ping(self, device_index: int, budget_ns: int, /) -> Ping | None:
+        """What the device's clock shows now; None if that can't be had within the budget.
+
+        Called by one thread, which has been adopted.
+
+        Raises:
+            OSError, RuntimeError: The device reports an error.
+        """
+
+    def captured(self, stream_key: Any, /) -> bool:
+        """Whether the stream with this key is being captured into a graph; any thread may ask."""
+
     def name(self, device_index: int, /) -> str:
         """The device's model, or an empty string."""
+
+
+# Torch has these from its build or never; other kinds come with modules that may be imported later.
+_BUILT_IN: Final = frozenset({"cuda", "mps", "mtia", "xpu"})
 
 
 def find(kind: str) -> Device | None:
@@ -75,7 +92,10 @@ def find(kind: str) -> Device | None:
     torch = sys.modules.get("torch")
     accelerator = _accelerator(torch)
     if accelerator is None:
-        return find("cpu") if kind == "auto" and hasattr(torch, "accelerator") else None
+        imported = hasattr(torch, "accelerator")  # not while it is still being imported
+        if imported and kind in _BUILT_IN:
+            raise ValueError("this torch was built without it")
+        return find("cpu") if imported and kind == "auto" else None
     if kind not in ("auto", accelerator):
         raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
     if not getattr(torch, accelerator).is_initialized():

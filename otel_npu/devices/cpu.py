@@ -61,6 +61,13 @@ class Cpu:
     def adopt_thread(self, _device_index: int) -> None:
         """Any thread may read the host's clock."""
 
+    def ping(self, _device_index: int, _budget_ns: int) -> None:
+        """Nothing to ask for: its clock is the host's."""
+
+    def captured(self, _stream_key: object) -> bool:
+        """The host captures no graphs."""
+        return False
+
     def name(self, _device_index: int) -> str:
         """The host's model is the resource's business, not the device's."""
         return ""

@@ -10,6 +10,7 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_npu.devices.ping import Ping, ping
 from otel_npu.devices.torch_event import stream_key
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # Event ids a device: 65536 on A2/A3, 1023 on 310P; a record may block when they run out, so stay far below.
 _POOL_PAIRS: Final = 1024
 _POOL_PAIRS_310: Final = 64
+
+_EVENT_WITH_TIME: Final = 0x08  # ACL_EVENT_TIME_LINE
+_EVENT_COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
+_CAPTURE_ACTIVE: Final = 1  # ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE
 
 
 class Npu:
@@ -41,6 +46,7 @@ class Npu:
             functools.partial(raw_stream, -1) if raw_stream else lambda: stream_key(self.current_stream())
         )
         self.capturing = torch.npu.is_current_stream_capturing
+        self._pingers: dict[int, _Pinger] = {}
         self.pool_pairs = _POOL_PAIRS_310 if "310" in self.name(0) else _POOL_PAIRS
         if acl is not None:
             acl.aclrtEventGetTimestamp.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -68,6 +74,28 @@ class Npu:
     def adopt_thread(self, device_index: int) -> None:
         """Set the device: a thread that never did would open a stray context on device 0."""
         self._torch.npu.set_device(device_index)
+
+    def ping(self, device_index: int, budget_ns: int) -> Ping | None:
+        """The device's clock, from an event on a stream of our own.
+
+        It goes past torch_npu altogether: on any torch stream it would wait in the host's task queue behind the
+        model's work, and could be handed the error of a launch of the model's, which is for the model alone.
+        """
+        if self._acl is None:
+            return None
+        pinger = self._pingers.get(device_index)
+        if pinger is None:
+            pinger = self._pingers[device_index] = _Pinger()
+        return ping(pinger.record, pinger.done, pinger.read, budget_ns)
+
+    def captured(self, stream_key: Any) -> bool:
+        """Whether the stream is being captured; False where ACL can't tell."""
+        get_info = getattr(self._acl, "aclmdlRICaptureGetInfo", None)
+        if get_info is None or not isinstance(stream_key, int):
+            return False
+        status, graph = ctypes.c_int(), ctypes.c_void_p()
+        error: int = get_info(ctypes.c_void_p(stream_key), ctypes.byref(status), ctypes.byref(graph))
+        return error == 0 and status.value == _CAPTURE_ACTIVE
 
     def name(self, device_index: int) -> str:
         """The chip, such as Ascend910B3."""
@@ -105,3 +133,36 @@ class Npu:
                 raise OSError(error, "aclrtEventElapsedTime failed")
             times.append((anchor_ns + round(until_start.value * 1e6), round(length.value * 1e6)))
         return times
+
+
+class _Pinger:
+    """A stream and an event of ACL's own, on the calling thread's device. They live as long as the process.
+
+    Raises:
+        OSError: ACL reports an error.
+    """
+
+    def __init__(self) -> None:
+        self._acl = ctypes.CDLL("libascendcl.so")  # gives the GIL away: a record may take its time
+        self._stream = ctypes.c_void_p()
+        self._event = ctypes.c_void_p()
+        self._call("aclrtCreateStream", ctypes.byref(self._stream))
+        self._call("aclrtCreateEventExWithFlag", ctypes.byref(self._event), ctypes.c_uint32(_EVENT_WITH_TIME))
+
+    def record(self) -> None:
+        self._call("aclrtRecordEvent", self._event, self._stream)
+
+    def done(self) -> bool:
+        status = ctypes.c_int()
+        self._call("aclrtQueryEventStatus", self._event, ctypes.byref(status))
+        return status.value == _EVENT_COMPLETE
+
+    def read(self) -> int:
+        microseconds = ctypes.c_uint64()
+        self._call("aclrtEventGetTimestamp", self._event, ctypes.byref(microseconds))
+        return microseconds.value * 1000
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self._acl, name)(*arguments)
+        if error:
+            raise OSError(error, f"{name} failed")

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from otel_npu.devices.ping import Ping, ping
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -81,6 +83,7 @@ class SimulatedNpu:
         self._drift = drift_ppm * 1e-6
         self._streams_made = 0
         self.default_stream = self.new_stream()
+        self._ping_stream = SimulatedStream(0, -1)
         self._current = threading.local()
         self.current_stream = self.current_stream_key = self._current_stream
 
@@ -118,6 +121,21 @@ class SimulatedNpu:
 
     def adopt_thread(self, _device_index: int) -> None:
         """Any thread may read it."""
+
+    def ping(self, _device_index: int, budget_ns: int) -> Ping | None:
+        """The device's clock, from an event on a stream of its own."""
+        event = self.new_event(0)
+        return ping(
+            lambda: event.record(self._ping_stream),
+            event.query,
+            lambda: self.device_time(event.reached_ns),
+            budget_ns,
+            self.now,
+        )
+
+    def captured(self, stream_key: SimulatedStream) -> bool:
+        """Whether this stream is being captured."""
+        return stream_key.capturing
 
     def name(self, _device_index: int) -> str:
         """Not a chip that exists."""

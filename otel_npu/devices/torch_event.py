@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from otel_npu.devices.ping import Ping, ping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +42,8 @@ class TorchEvents:
         self.current_stream_key = lambda: stream_key(self.current_stream())
         self.capturing = getattr(self._module, "is_current_stream_capturing", lambda: False)
         self._references: dict[int, _Reference] = {}
+        self._reading = threading.Lock()  # two threads must not put the same old reference into pairs of theirs
+        self._pings: dict[int, tuple[Any, Any]] = {}
 
     def new_event(self, device_index: int) -> Any:
         """A generic event with timing."""
@@ -53,12 +58,38 @@ class TorchEvents:
         get_name = getattr(self._module, "get_device_name", None)
         return str(get_name(device_index)) if get_name else ""
 
+    def ping(self, device_index: int, budget_ns: int) -> Ping | None:
+        """The device's clock, from an event on a side stream; None until there is a reference to count from."""
+        reference = self._references.get(device_index)
+        if reference is None:
+            return None
+        if device_index not in self._pings:
+            stream = self._torch.Stream(device=f"{self.kind}:{device_index}")
+            self._pings[device_index] = (stream, self.new_event(device_index))
+        stream, event = self._pings[device_index]
+        answer = ping(
+            lambda: event.record(stream),
+            event.query,
+            lambda: reference.origin_ns + _nanoseconds(reference.event, event),
+            budget_ns,
+        )
+        # If it was renewed meanwhile, the event counted from may have been recorded again.
+        return answer if self._references[device_index] is reference else None
+
+    def captured(self, _stream_key: Any) -> bool:
+        """Whether a stream is captured can be asked in its own thread only."""
+        return False
+
     def read(self, device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
         """Start and duration of each pair, in nanoseconds since the device's first event was read.
 
         Raises:
             RuntimeError: torch reports an error for one of the events.
         """
+        with self._reading:
+            return self._read(device_index, pairs)
+
+    def _read(self, device_index: int, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
         first = pairs[0]
         reference = self._references.get(device_index)
         if reference is None:

@@ -42,10 +42,14 @@ def main() -> int:
             serve(socket.socket(fileno=arguments.listener), path, stay=False)
         else:
             with rendezvous.session_lock(path):
+                other = rendezvous.connect(path)
+                if other is not None:  # to listen there too would take its name away from it
+                    other.close()
+                    raise rendezvous.RendezvousError(f"a relay serves {path} already")
                 listener = rendezvous.listen(path)
             serve(listener, path, stay=True)
     except OSError as error:
-        _log.error("the relay can't run: %s", error)  # noqa: TRY400
+        _log.error("the relay can't run: %s", error)
         return 1
     return 0
 

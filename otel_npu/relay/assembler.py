@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,14 +18,18 @@ from otel_npu.relay.clock import DeviceClock
 from otel_npu.relay.resources import resource_of
 
 if TYPE_CHECKING:
+    from otel_npu.relay.clock import Placement
     from otel_npu.relay.wall import WallClock
-    from otel_npu.wire.frames import Attributes, Hello, Stage, Step, Unfinished
+    from otel_npu.wire.frames import Attributes, Hello, Ping, Stage, Step, Unfinished
+
+_log = logging.getLogger("otel_npu.relay")
 
 SCOPE: Final = InstrumentationScope(semconv.SCOPE, __version__, semconv.SCHEMA_URL)
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _UNSET: Final = Status(StatusCode.UNSET)
 # A decode batch links to every request it serves; OpenTelemetry's default of 128 would lose the rest.
 _MAX_LINKS: Final = 4096
+_DEFAULT_LIMIT: Final = 128
 
 
 class _Placed(NamedTuple):
@@ -35,11 +40,64 @@ class _Placed(NamedTuple):
     uncertainty_ns: int | None
 
 
+class _Group(NamedTuple):
+    """A stage and the stages inside it: the bounds of host time minus device time, and where on the device they lie."""
+
+    earliest: int
+    latest: int
+    first_ns: int
+    last_ns: int
+
+
+class _Line(NamedTuple):
+    """Host time minus device time across a step, and how far it may be off, each a line between the step's two ends.
+
+    What is possible at a device time is convex (see `relay.clock`), so in between it is never more than this says.
+    """
+
+    first_ns: int
+    shift_ns: int
+    shift_rate: float
+    uncertainty_ns: int
+    uncertainty_rate: float
+
+    @classmethod
+    def through(cls, first_ns: int, first: Placement, last_ns: int, last: Placement) -> _Line:
+        """The line through the placements of two device times."""
+        shift_ns, length_ns = first.host_ns - first_ns, max(1, last_ns - first_ns)
+        return cls(
+            first_ns,
+            shift_ns,
+            (last.host_ns - last_ns - shift_ns) / length_ns,
+            first.uncertainty_ns,
+            (last.uncertainty_ns - first.uncertainty_ns) / length_ns,
+        )
+
+    def place(self, group: _Group, least: int) -> tuple[int, int]:
+        """The shift in the group's middle, within its bounds and not below `least`, and how far off it may be in it."""
+        rate, from_ns = self.shift_rate, self.first_ns
+        middle_ns = (group.first_ns + group.last_ns) // 2
+        # Where the bounds leave nothing, the enqueueing is the one that is certain.
+        shift_ns = max(min(self.shift_ns + round(rate * (middle_ns - from_ns)), group.latest), group.earliest, least)
+        # The two clocks' rates differ, so one shift can't be right at both ends.
+        before_ns, after_ns = group.first_ns - from_ns, group.last_ns - from_ns
+        off_ns = shift_ns - self.shift_ns
+        uncertainty_ns = self.uncertainty_ns + max(
+            abs(off_ns - rate * before_ns) + self.uncertainty_rate * before_ns,
+            abs(off_ns - rate * after_ns) + self.uncertainty_rate * after_ns,
+        )
+        return shift_ns, int(uncertainty_ns) + 1
+
+
 def span_limits() -> SpanLimits:
     """The standard limits, but with room for the links of a large batch unless the environment says otherwise."""
-    if os.environ.get("OTEL_SPAN_LINK_COUNT_LIMIT", "").strip():
-        return SpanLimits()
-    return SpanLimits(max_links=_MAX_LINKS)
+    chosen = os.environ.get("OTEL_SPAN_LINK_COUNT_LIMIT", "").strip()
+    try:
+        return SpanLimits() if chosen else SpanLimits(max_links=_MAX_LINKS)
+    except ValueError as error:
+        _log.error("%s; no limit in the environment is used", error)
+        default, unset = _DEFAULT_LIMIT, SpanLimits.UNSET
+        return SpanLimits(default, default, _MAX_LINKS, default, default, default, unset, unset)
 
 
 class Assembler:
@@ -81,6 +139,8 @@ class Assembler:
         parent = _context(trace_id, step.span_id if not step.bare else step.parent_span_id)
         random = os.urandom(8 * len(stages))
         contexts = [_context(trace_id, random[8 * index : 8 * index + 8]) for index in range(len(stages))]
+        if step.bare and contexts:
+            contexts[0] = _context(trace_id, step.span_id)  # what a step inside it has as its parent
         links = self._links(step.links)
         spans = []
         for index, (stage, place) in enumerate(zip(stages, placed, strict=True)):
@@ -91,8 +151,7 @@ class Assembler:
                     contexts[stage.parent] if stage.parent >= 0 else parent,
                     _stage_attributes(stage, place),
                     stage.attributes,
-                    place.start_ns + unix_ns,
-                    place.end_ns + unix_ns,
+                    (place.start_ns + unix_ns, place.end_ns + unix_ns),
                     error=stage.error,
                     links=links if step.bare and stage.parent < 0 else (),
                 )
@@ -106,13 +165,21 @@ class Assembler:
                     _context(trace_id, step.parent_span_id),
                     _step_attributes(step, dropped),
                     step.attributes,
-                    min((place.start_ns for place in placed), default=step.opened_ns) + unix_ns,
-                    max((place.end_ns for place in placed), default=step.closed_ns) + unix_ns,
+                    (
+                        min((place.start_ns for place in placed), default=step.opened_ns) + unix_ns,
+                        max((place.end_ns for place in placed), default=step.closed_ns) + unix_ns,
+                    ),
                     error=step.error,
                     links=links,
                 )
             )
         return spans
+
+    def ping(self, ping: Ping) -> None:
+        """Learn from a look at a device's clock."""
+        clock = self._clock(ping.device_index)
+        clock.lower(ping.device_ns, ping.before_ns)
+        clock.upper(ping.device_ns, ping.seen_ns)
 
     def unfinished(self, frame: Unfinished) -> ReadableSpan:
         """The span of a stage that hangs: it ends now, and says that it is not over."""
@@ -133,8 +200,7 @@ class Assembler:
             _context(trace_id, frame.parent_span_id),
             attributes,
             None,
-            frame.entered_ns + unix_ns,
-            frame.now_ns + unix_ns,
+            (frame.entered_ns + unix_ns, frame.now_ns + unix_ns),
             error="unfinished",
             message=f"stage {frame.name!r} has been unfinished for {seconds:.1f} s",
         )
@@ -152,28 +218,47 @@ class Assembler:
                 if device not in tightest or host_ns - device_ns > tightest[device][0]:
                     tightest[device] = (host_ns - device_ns, device_ns, host_ns)
         for device, (_, device_ns, host_ns) in tightest.items():
-            clock = self._clocks.get(device)
-            if clock is None:
-                clock = self._clocks[device] = DeviceClock(self._resolution_ns)
+            clock = self._clock(device)
             clock.lower(device_ns, host_ns)
             clock.upper(latest[device], step.seen_ns)
+
+    def _clock(self, device_index: int) -> DeviceClock:
+        clock = self._clocks.get(device_index)
+        if clock is None:
+            clock = self._clocks[device_index] = DeviceClock(self._resolution_ns)
+        return clock
 
     def _place(self, step: Step) -> list[_Placed]:
         """Place each outermost stage by its middle; the stages inside keep their exact distances from it."""
         stages = step.stages
         roots: list[int] = []
-        earliest: dict[int, int] = {}
+        groups: dict[int, _Group] = {}
         for index, stage in enumerate(stages):
             inside = stage.parent >= 0 and _same_clock(stage, stages[stage.parent])
             root = roots[stage.parent] if inside else index
             roots.append(root)
             if stage.device_ns is not None:
-                # Neither event can have happened before it was enqueued.
-                bound = max(
-                    stage.entered_ns - stage.device_ns, stage.exited_ns - stage.device_ns - stage.duration_ns
-                )
-                earliest[root] = max(earliest.get(root, bound), bound)
-        shifts = {root: self._shift(stages[root], bound) for root, bound in earliest.items()}
+                # Neither event can have happened before it was enqueued, nor after it was seen done.
+                first_ns, last_ns = stage.device_ns, stage.device_ns + stage.duration_ns
+                earliest, latest = max(stage.entered_ns - first_ns, stage.exited_ns - last_ns), step.seen_ns - last_ns
+                if root != index:
+                    around = groups[root]
+                    earliest, latest = max(earliest, around.earliest), min(latest, around.latest)
+                    first_ns, last_ns = min(first_ns, around.first_ns), max(last_ns, around.last_ns)
+                groups[root] = _Group(earliest, latest, first_ns, last_ns)
+        lines = self._lines(stages, groups)
+        shifts: dict[int, tuple[int, int | None]] = {}
+        started: dict[tuple[int, int], int] = {}
+        for root, group in groups.items():
+            stage = stages[root]
+            device_ns = stage.device_ns or 0
+            line = lines[stage.device_index]
+            # A stream works in order, whatever the bounds of each have done.
+            stream = stage.device_index, stage.stream_id
+            least = started.get(stream, group.earliest + device_ns) - device_ns
+            shift = (max(group.earliest, least), None) if line is None else line.place(group, least)
+            started[stream] = device_ns + shift[0]
+            shifts[root] = shift
         placed: list[_Placed] = []
         for stage, root in zip(stages, roots, strict=True):
             if stage.device_ns is None:
@@ -182,17 +267,31 @@ class Assembler:
                 shift_ns, uncertainty_ns = shifts[root]
                 start_ns = stage.device_ns + shift_ns
                 place = _Placed(start_ns, start_ns + stage.duration_ns, uncertainty_ns)
-            placed.append(place if stage.parent < 0 else _within(place, placed[stage.parent]))
+            # On another stream, or by another clock, it may well reach beyond what is around it.
+            inside = stage.parent >= 0 and _same_stream(stage, stages[stage.parent])
+            placed.append(_within(place, placed[stage.parent]) if inside else place)
         return placed
 
-    def _shift(self, stage: Stage, earliest_ns: int) -> tuple[int, int | None]:
-        """Host time minus device time round this stage, not below the bound, and its uncertainty."""
-        assert stage.device_ns is not None
-        middle_ns = stage.device_ns + stage.duration_ns // 2
-        placement = self._clocks[stage.device_index].at(middle_ns, stage.entered_ns)
-        if placement is None:
-            return earliest_ns, None
-        return max(placement.host_ns - middle_ns, earliest_ns), placement.uncertainty_ns
+    def _lines(self, stages: list[Stage], groups: dict[int, _Group]) -> dict[int, _Line | None]:
+        """Of each device the line through the step's first and last device time; None where there is no map yet."""
+        ends: dict[int, tuple[int, int, int, int]] = {}
+        for root, group in groups.items():
+            stage = stages[root]
+            near_ns = stage.entered_ns
+            first_ns, near_first_ns, last_ns, near_last_ns = ends.get(
+                stage.device_index, (group.first_ns, near_ns, group.last_ns, near_ns)
+            )
+            if group.first_ns < first_ns:
+                first_ns, near_first_ns = group.first_ns, near_ns
+            if group.last_ns > last_ns:
+                last_ns, near_last_ns = group.last_ns, near_ns
+            ends[stage.device_index] = first_ns, near_first_ns, last_ns, near_last_ns
+        lines: dict[int, _Line | None] = {}
+        for device, (first_ns, near_first_ns, last_ns, near_last_ns) in ends.items():
+            clock = self._clocks[device]
+            first, last = clock.at(first_ns, near_first_ns), clock.at(last_ns, near_last_ns)
+            lines[device] = None if first is None or last is None else _Line.through(first_ns, first, last_ns, last)
+        return lines
 
     def _links(self, links: list[bytes]) -> BoundedList[Link]:
         return BoundedList.from_seq(
@@ -217,8 +316,7 @@ class Assembler:
         parent: SpanContext | None,
         attributes: dict[str, Any],
         own_attributes: Attributes | None,
-        start_ns: int,
-        end_ns: int,
+        times_ns: tuple[int, int],
         *,
         error: str | None = None,
         message: str | None = None,
@@ -245,8 +343,8 @@ class Assembler:
             SpanKind.INTERNAL,
             None,
             Status(StatusCode.ERROR, message or error) if error is not None else _UNSET,
-            start_ns,
-            max(start_ns, end_ns),
+            times_ns[0],
+            max(times_ns),
             SCOPE,
         )
 
@@ -255,8 +353,14 @@ def _same_clock(stage: Stage, around: Stage) -> bool:
     return around.device_index == stage.device_index and (around.device_ns is None) == (stage.device_ns is None)
 
 
+def _same_stream(stage: Stage, around: Stage) -> bool:
+    return stage.stream_id == around.stream_id and _same_clock(stage, around)
+
+
 def _within(place: _Placed, around: _Placed) -> _Placed:
     """The place, cut to what is around it: rounded times and different clocks may disagree a little."""
+    if around.start_ns <= place.start_ns <= place.end_ns <= around.end_ns:
+        return place
     start_ns = min(max(place.start_ns, around.start_ns), around.end_ns)
     return _Placed(start_ns, min(max(place.end_ns, start_ns), around.end_ns), place.uncertainty_ns)
 

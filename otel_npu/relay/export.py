@@ -61,6 +61,21 @@ def _protocol(environment: Mapping[str, str]) -> str:
     return "grpc"
 
 
+class Nowhere(SpanExporter):
+    """In the place of an exporter that could not be made: what it gets is lost, and counted."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002  they go nowhere
+        """Fail."""
+        return SpanExportResult.FAILURE
+
+
+class Account:
+    """What one client's frames have become: how many spans, how many of them are dealt with, how many of those lost."""
+
+    def __init__(self) -> None:
+        self.accepted = self.handled = self.lost = 0
+
+
 class ExportQueue:
     """A bounded queue of spans and the thread that exports them in batches.
 
@@ -81,50 +96,43 @@ class ExportQueue:
         self._delay = _number(environment, "OTEL_BSP_SCHEDULE_DELAY", 1000) / 1000
         self._max_queue = _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", 16384)
         self._max_batch = _number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)
-        self._queue: deque[ReadableSpan] = deque()
+        self._queue: deque[tuple[Account, ReadableSpan]] = deque()
         self._changed = threading.Condition()
         self._in_flight = 0
         self._wanted = False
-        self._accepted = self._handled = self._lost = 0
         self._thread = threading.Thread(target=self._run, name="otel-npu export", daemon=True)
         self._thread.start()
 
-    def put(self, spans: Sequence[ReadableSpan]) -> None:
-        """Queue spans; the oldest are dropped when there are too many."""
+    def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
+        """Queue a client's spans; the oldest of all are dropped when there are too many."""
         if not self._exporters or not spans:
             return
         with self._changed:
-            self._queue.extend(spans)
-            self._accepted += len(spans)
+            self._queue.extend((account, span) for span in spans)
+            account.accepted += len(spans)
             over = len(self._queue) - self._max_queue
             if over > 0:
-                for _ in range(over):
-                    self._queue.popleft()
-                self._handled += over
-                self._lost += over
-                self._drops.add(semconv.QUEUE_FULL, over)
-            if len(self._queue) >= self._max_batch:
+                self._settle([self._queue.popleft() for _ in range(over)], semconv.QUEUE_FULL)
+                self._changed.notify_all()
+            elif len(self._queue) >= self._max_batch:
                 self._changed.notify_all()
 
-    def accepted(self) -> int:
-        """How many spans have been queued so far."""
-        with self._changed:
-            return self._accepted
-
-    def flush(self, accepted: int, timeout_seconds: float) -> bool:
-        """Export the first so many spans; whether that was in time and none was lost since the last flush."""
+    def flush(self, account: Account, accepted: int, timeout_seconds: float) -> bool:
+        """Export a client's first so many spans; whether that was in time and none was lost since its last flush."""
         with self._changed:
             self._wanted = True
             self._changed.notify_all()
-            in_time = self._changed.wait_for(lambda: self._handled >= accepted, timeout_seconds)
-            lost, self._lost = self._lost, 0
+            in_time = self._changed.wait_for(lambda: account.handled >= accepted, timeout_seconds)
+            lost, account.lost = account.lost, 0
             return in_time and not lost
 
     def close(self, timeout_seconds: float) -> None:
         """Export what is queued, as far as time allows; what is left then is counted."""
         deadline = time.monotonic() + timeout_seconds
-        self.flush(self.accepted(), timeout_seconds)
         with self._changed:
+            self._wanted = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout_seconds)
             left = len(self._queue) + self._in_flight
             self._queue.clear()
         if left:
@@ -145,20 +153,35 @@ class ExportQueue:
                 self._in_flight = len(batch)
             if not batch:
                 continue
-            failed = sum(not _export(exporter, batch) for exporter in self._exporters)
+            spans = [span for _, span in batch]
+            failed = sum(not _export(exporter, spans) for exporter in self._exporters)
             with self._changed:
                 self._in_flight = 0
-                self._handled += len(batch)
-                if failed:
-                    self._lost += len(batch)
-                    self._drops.add(semconv.EXPORT_FAILED, len(batch))
+                self._settle(batch, semconv.EXPORT_FAILED if failed else None)
                 self._changed.notify_all()
+
+    def _settle(self, items: Sequence[tuple[Account, ReadableSpan]], lost: str | None) -> None:
+        """These spans are dealt with: exported or, for a reason, lost."""
+        for account, _ in items:
+            account.handled += 1
+            account.lost += lost is not None
+        if lost is not None:
+            self._drops.add(lost, len(items))
+            for _, span in items:
+                _put_back_counts(span, self._drops)
+
+
+def _put_back_counts(span: ReadableSpan, drops: Drops) -> None:
+    """The drop counts on a step span that was lost itself go with a later one."""
+    prefix = semconv.DROPPED_PREFIX
+    counts = {key[len(prefix) :]: value for key, value in (span.attributes or {}).items() if key.startswith(prefix)}
+    drops.put_back({reason: value for reason, value in counts.items() if isinstance(value, int)})
 
 
 def _export(exporter: SpanExporter, batch: list[ReadableSpan]) -> bool:
     try:
         return exporter.export(batch) is SpanExportResult.SUCCESS
-    except Exception as error:  # noqa: BLE001  an exporter's fault must not end the exporting
+    except Exception as error:
         _log.warning("%s failed: %s", type(exporter).__name__, error)
         return False
 

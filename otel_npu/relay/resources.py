@@ -34,10 +34,12 @@ def resource_of(hello: Hello) -> Resource:
     }
     if hello.device_name:
         attributes[semconv.DEVICE_NAME] = hello.device_name
-    attributes.update(_parse(hello.resource_attributes))
-    if hello.service_name.strip():
-        attributes[semconv.SERVICE_NAME] = hello.service_name.strip()
-    return Resource(attributes)
+    given = _parse(hello.resource_attributes)
+    if hello.service_name:
+        given[semconv.SERVICE_NAME] = hello.service_name
+    if not given.get(semconv.SERVICE_NAME):
+        given.pop(semconv.SERVICE_NAME, None)  # an empty name is none
+    return Resource({**attributes, **given})
 
 
 def _parse(text: str) -> dict[str, str]:

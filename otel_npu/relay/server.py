@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import selectors
 import socket
@@ -14,7 +15,7 @@ import msgspec
 from otel_npu import semconv
 from otel_npu.drops import REPORT_SECONDS, Drops
 from otel_npu.relay.assembler import Assembler, span_limits
-from otel_npu.relay.export import ExportError, ExportQueue, exporters_from_environment
+from otel_npu.relay.export import Account, ExportError, ExportQueue, Nowhere, exporters_from_environment
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames, rendezvous
 
@@ -41,6 +42,8 @@ class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.assembler: Assembler | None = None
+        self.account = Account()
+        self.complaint = ""
 
 
 class Server:
@@ -83,11 +86,11 @@ class Server:
         try:
             exporters = exporters_from_environment()
         except ExportError as error:
-            _log.error("%s; no spans are exported", error)  # noqa: TRY400
-            exporters = []
+            _log.error("%s; no spans are exported", error)
+            exporters = [Nowhere()]
         except Exception:
             _log.exception("the exporter could not be made; no spans are exported")
-            exporters = []
+            exporters = [Nowhere()]
         return cls(exporters, listener, stay=stay)
 
     def add_client(self, connection: socket.socket) -> None:
@@ -100,10 +103,8 @@ class Server:
     def stop(self) -> None:
         """Read what is there, export it, and end. Safe in a signal handler and from other threads."""
         self._stopping = True
-        try:
+        with contextlib.suppress(OSError):  # it has been woken, or it has ended
             self._wake_writer.send(_WAKE)
-        except OSError:
-            pass  # it has been woken, or it has ended
 
     def run(self, leave: Callable[[], None] = lambda: None) -> None:
         """Serve until there is nobody left to serve, or until stopped; then read and export what is there.
@@ -123,6 +124,10 @@ class Server:
         if not left:
             leave()
         self.accept_waiting()
+        for client in self._clients.values():
+            # What is in the socket is read; what the client has still to say it keeps for the next relay.
+            with contextlib.suppress(OSError):
+                client.connection.shutdown(socket.SHUT_RD)
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._turn(0.0) and time.monotonic() < deadline:
             pass
@@ -183,6 +188,11 @@ class Server:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return False
+        except OSError as error:  # no descriptors left, say: the connection waits until there are
+            self._drops.add(semconv.INTERNAL_ERROR)
+            _log.debug("can't take a connection now: %s", error)
+            time.sleep(_TICK_SECONDS)
+            return False
         try:
             rendezvous.check_peer(connection)
         except OSError as error:
@@ -218,7 +228,7 @@ class Server:
     def _handle(self, client: _Client, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
             if frame.protocol != frames.PROTOCOL:
-                raise ValueError(f"protocol {frame.protocol} from process {frame.pid}, this relay has {frames.PROTOCOL}")
+                raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
             assembler = Assembler(frame, self._wall, self._limits)
             assembler.replaces(client.assembler)
             client.assembler = assembler
@@ -226,19 +236,21 @@ class Server:
             self._flush(client, frame)
         elif client.assembler is None:
             raise ValueError("a frame before the hello")
+        elif isinstance(frame, frames.Ping):
+            client.assembler.ping(frame)
         elif isinstance(frame, frames.Unfinished):
-            self._export.put([client.assembler.unfinished(frame)])
+            self._export.put([client.assembler.unfinished(frame)], client.account)
         else:
             client.assembler.count_drops(self._drops.take_unsent())
-            self._export.put(client.assembler.step(frame))
+            self._export.put(client.assembler.step(frame), client.account)
 
     def _flush(self, client: _Client, frame: frames.Flush) -> None:
         """Answer when the exporter is done, from a thread of its own: others must not wait meanwhile."""
-        accepted = self._export.accepted()
+        account, accepted = client.account, client.account.accepted
         connection = client.connection.dup()
 
         def answer() -> None:
-            complete = self._export.flush(accepted, min(frame.timeout_seconds, _MAX_FLUSH_SECONDS))
+            complete = self._export.flush(account, accepted, min(frame.timeout_seconds, _MAX_FLUSH_SECONDS))
             with connection:
                 try:
                     connection.send(frames.encode(frames.Flushed(frame.number, complete)), socket.MSG_NOSIGNAL)
@@ -249,7 +261,10 @@ class Server:
 
     def _bad_frame(self, client: _Client, why: str) -> None:
         self._drops.add(semconv.BAD_FRAME)
-        _log.warning("a frame on connection %d can't be read and is left out: %s", client.connection.fileno(), why)
+        if why != client.complaint:  # once, not once a frame
+            client.complaint = why
+            number = client.connection.fileno()
+            _log.warning("a frame on connection %d can't be read and is left out: %s", number, why)
 
     def _part(self, client: _Client) -> None:
         self._selector.unregister(client.connection)

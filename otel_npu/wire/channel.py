@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from otel_npu.drops import Drops
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
+_MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
+_NOTHING: Final[dict[str, int]] = {}
 
 
 class Channel:
@@ -33,7 +35,7 @@ class Channel:
         self._drops = drops
         self._socket: socket.socket | None = None
         self._greeted = False
-        self._backlog: deque[bytes] = deque()
+        self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
         self._lock = threading.Lock()
 
@@ -58,25 +60,31 @@ class Channel:
             self._greeted = False
         self.drain()
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame now if the socket takes it, else later. The oldest are dropped when too many wait."""
+    def send(self, frame: bytes, dropped: dict[str, int] = _NOTHING) -> None:
+        """Send a frame now if the socket takes it, else later. The oldest are dropped when too many wait.
+
+        Args:
+            frame: One frame, encoded.
+            dropped: The drop counts in it; should the frame be dropped, they go with a later one.
+        """
         if len(frame) > frames.MAX_FRAME_BYTES:
-            self._drops.add(semconv.BAD_FRAME)
+            self._drop(semconv.BAD_FRAME, dropped)
             return
         with self._lock:
             if not self._backlog and self._transmit(frame):
                 return
-            self._backlog.append(frame)
+            self._backlog.append((frame, dropped))
             self._backlog_bytes += len(frame)
             while self._backlog_bytes > MAX_BACKLOG_BYTES:
-                self._backlog_bytes -= len(self._backlog.popleft())
-                self._drops.add(semconv.BACKLOG_FULL)
+                oldest, counts = self._backlog.popleft()
+                self._backlog_bytes -= len(oldest)
+                self._drop(semconv.BACKLOG_FULL, counts)
 
     def drain(self) -> None:
         """Send what waits, as far as the socket takes it."""
         with self._lock:
-            while self._backlog and self._transmit(self._backlog[0]):
-                self._backlog_bytes -= len(self._backlog.popleft())
+            while self._backlog and self._transmit(self._backlog[0][0]):
+                self._backlog_bytes -= len(self._backlog.popleft()[0])
 
     def hung_up(self) -> bool:
         """Whether the relay has closed the connection; then there is no connection any more."""
@@ -102,7 +110,7 @@ class Channel:
         try:
             poll = select.poll()  # not select(): a server's descriptors may lie above its limit
             poll.register(connection, select.POLLIN)
-            readable = poll.poll(max(0.0, timeout_seconds) * 1000)
+            readable = poll.poll(min(max(0.0, timeout_seconds), _MAX_WAIT_SECONDS) * 1000)
             return connection.recv(frames.MAX_FRAME_BYTES, socket.MSG_DONTWAIT) if readable else b""
         except (OSError, ValueError):  # closed meanwhile
             return b""
@@ -120,6 +128,11 @@ class Channel:
         if connection is not None:
             connection.close()
 
+    def _drop(self, reason: str, counts: dict[str, int]) -> None:
+        self._drops.add(reason)
+        if counts:
+            self._drops.put_back(counts)
+
     def _transmit(self, frame: bytes) -> bool:
         connection = self._socket
         if connection is None:
@@ -134,4 +147,3 @@ class Channel:
         except OSError:  # the relay has gone; the idle thread notices and finds another
             return False
         return True
-

@@ -5,14 +5,20 @@ Times are nanoseconds: `*_ns` of the host's monotonic clock, `device_ns` of the 
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
 PROTOCOL: Final = 1
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
-Scalar: TypeAlias = str | bool | int | float
+# Checked by whoever decodes, at no cost to whoever sends: one value that OTLP can't hold fails a whole export.
+Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+DeviceNanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
+Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+Scalar: TypeAlias = str | bool | Integer | float
 AttributeValue: TypeAlias = Scalar | list[Scalar]
 Attributes: TypeAlias = dict[str, AttributeValue]
 
@@ -25,7 +31,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     """
 
     protocol: int
-    pid: int
+    pid: Count
     host: str
     instance_id: str
     executable: str
@@ -33,7 +39,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     resource_attributes: str
     device_kind: str
     device_name: str
-    device_resolution_ns: int
+    device_resolution_ns: Nanoseconds
 
 
 class Stage(msgspec.Struct, array_like=True, frozen=True):
@@ -41,12 +47,12 @@ class Stage(msgspec.Struct, array_like=True, frozen=True):
 
     name: str
     parent: int
-    entered_ns: int
-    exited_ns: int
-    device_ns: int | None
-    duration_ns: int
-    device_index: int
-    stream_id: int
+    entered_ns: Nanoseconds
+    exited_ns: Nanoseconds
+    device_ns: DeviceNanoseconds | None
+    duration_ns: Nanoseconds
+    device_index: Integer
+    stream_id: Integer
     error: str | None
     attributes: Attributes | None
 
@@ -62,16 +68,25 @@ class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
     span_id: bytes
     parent_span_id: bytes
     bare: bool
-    number: int
+    number: Count
     kind: str
-    opened_ns: int
-    closed_ns: int
-    seen_ns: int
+    opened_ns: Nanoseconds
+    closed_ns: Nanoseconds
+    seen_ns: Nanoseconds
     error: str | None
     attributes: Attributes | None
     links: list[bytes]
-    dropped: dict[str, int]
+    dropped: dict[str, Count]
     stages: list[Stage]
+
+
+class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
+    """A look at a device's clock: it showed `device_ns` between two instants of the host's."""
+
+    device_index: Integer
+    device_ns: DeviceNanoseconds
+    before_ns: Nanoseconds
+    seen_ns: Nanoseconds
 
 
 class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True):
@@ -79,32 +94,67 @@ class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True)
 
     trace_id: bytes
     parent_span_id: bytes
-    step_number: int
+    step_number: Count
     step_kind: str
     name: str
-    entered_ns: int
-    now_ns: int
-    device_index: int
+    entered_ns: Nanoseconds
+    now_ns: Nanoseconds
+    device_index: Integer
 
 
 class Flush(msgspec.Struct, array_like=True, tag="flush", frozen=True):
     """Export all that came before this frame within so many seconds, then answer `Flushed`."""
 
-    number: int
-    timeout_seconds: float
+    number: Count
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     """The relay's answer: whether all that came before was exported."""
 
-    number: int
+    number: Count
     complete: bool
 
 
-Frame: TypeAlias = Hello | Step | Unfinished | Flush
+Frame: TypeAlias = Hello | Step | Ping | Unfinished | Flush
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
 encode = msgspec.msgpack.Encoder().encode
-decode_frame = msgspec.msgpack.Decoder(Frame).decode
 decode_flushed = msgspec.msgpack.Decoder(Flushed).decode
+_decode = msgspec.msgpack.Decoder(Frame).decode
+
+
+def decode_frame(packet: bytes | memoryview) -> Frame:
+    """The frame in a packet.
+
+    Raises:
+        ValueError: It is not a frame, or holds what can't be; the text says what.
+    """
+    frame: Frame = _decode(packet)
+    if isinstance(frame, Step):
+        _check_id("trace id", frame.trace_id, 16, may_be_absent=True)
+        _check_id("span id", frame.span_id, 8, may_be_absent=not frame.trace_id or frame.bare)
+        _check_id("parent span id", frame.parent_span_id, 8, may_be_absent=True)
+        for index, stage in enumerate(frame.stages):
+            if not -1 <= stage.parent < index:
+                raise ValueError(f"stage {index} of {len(frame.stages)} lies in stage {stage.parent}")
+        for link in frame.links:
+            if len(link) != LINK_BYTES:
+                raise ValueError(f"a link of {len(link)} bytes, not {LINK_BYTES}")
+    elif isinstance(frame, Ping):
+        if frame.seen_ns < frame.before_ns:
+            raise ValueError("a ping that was seen before it was sent")
+    elif isinstance(frame, Unfinished):
+        _check_id("trace id", frame.trace_id, 16, may_be_absent=False)
+        _check_id("parent span id", frame.parent_span_id, 8, may_be_absent=True)
+        if frame.now_ns < frame.entered_ns:
+            raise ValueError("a stage that is entered in the future")
+    return frame
+
+
+def _check_id(what: str, value: bytes, length: int, *, may_be_absent: bool) -> None:
+    if not value and may_be_absent:
+        return
+    if len(value) != length or not any(value):
+        raise ValueError(f"a {what} of {len(value)} bytes, not {length}, or all zero")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import subprocess
@@ -36,10 +37,16 @@ class RelayLink:
         self._channel = channel
         self._inprocess = settings.export == "inprocess"
         self._drops = drops
+        self.failing = False
+        """Whether the last try to find or start a relay failed."""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._retry_at = 0.0
         self._retry_seconds = _RETRY_SECONDS
+        if not self._inprocess:
+            # Now, not when the idle thread gets to it: a child that starts in between shall inherit it.
+            with contextlib.suppress(OSError):
+                rendezvous.session_id()
 
     def keep(self) -> None:
         """Connect if there is no connection. Called often, by the idle thread."""
@@ -52,11 +59,13 @@ class RelayLink:
         try:
             self._channel.attach(self._start_thread() if self._inprocess else self._meet())
         except OSError as error:
+            self.failing = True
             if self._retry_seconds == _RETRY_SECONDS:
                 _log.warning("no relay, so nothing is exported for now: %s", error)
             self._retry_at = time.monotonic() + self._retry_seconds
             self._retry_seconds = min(_MAX_RETRY_SECONDS, self._retry_seconds * 2)
         else:
+            self.failing = False
             # A relay that ends as soon as it is started must not be started without a pause.
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             self._retry_seconds = _RETRY_SECONDS
@@ -81,7 +90,7 @@ class RelayLink:
         return connection
 
     def _start_thread(self) -> socket.socket:
-        from otel_npu.relay.server import Server  # noqa: PLC0415  brings in the SDK: only where it was asked for
+        from otel_npu.relay.server import Server
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
@@ -90,4 +99,3 @@ class RelayLink:
         self._thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
         self._thread.start()
         return ours
-

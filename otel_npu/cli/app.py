@@ -1,0 +1,77 @@
+"""The commands and their options. What a command needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+from otel_npu._version import __version__
+
+_DEFAULT_STEPS: Final = 360  # about five seconds
+_MIN_STEPS: Final = 3  # a prefill, a decode and the slow one
+_MAX_STEPS: Final = 10_000  # more is what --forever is for
+
+app: Final = typer.Typer(
+    help="OpenTelemetry spans with device-measured durations for LLM inference on Ascend NPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"otel-npu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    *,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=_MIN_STEPS,
+            max=_MAX_STEPS,
+            help="How many inference steps to run.",
+            show_default=f"{_DEFAULT_STEPS}, about 5 s",
+        ),
+    ] = None,
+    forever: Annotated[
+        bool, typer.Option("--forever", help="Run until Ctrl-C or SIGTERM, as a source of spans; draws nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same stage times.")] = 1,
+) -> None:
+    """Trace an inference loop on a simulated NPU and draw what arrives over OTLP.
+
+    The spans also go to your OTLP endpoint if OTEL_EXPORTER_OTLP_ENDPOINT is set. Needs no NPU and no torch.
+    """
+    from otel_npu.cli.demo.command import run, run_forever
+
+    if not forever:
+        raise typer.Exit(run(steps or _DEFAULT_STEPS, seed))
+    if steps is not None:
+        raise typer.BadParameter("not together with --forever", param_hint="'--steps'")
+    raise typer.Exit(run_forever(seed))
+
+
+@app.command()
+def relay() -> None:
+    """Serve this session's socket until SIGTERM, for example in a container of its own.
+
+    Programs find the relay by OTEL_NPU_SESSION: set it to the same value here and there.
+    """
+    from otel_npu.cli.relay import run
+
+    run()
