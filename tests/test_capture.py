@@ -611,9 +611,35 @@ class TestThreadsAndStreams:
             device.use(stream)
             captured.stage("forward")
             captured.finish()
-        pools = captured.recorder._pools.values()
+        pools = captured.device.pools.values()
         assert [pool._made for pool in pools] == [1, 1]
         assert [len(pool.free) for pool in pools] == [1, 1]
+
+
+class TestFaultsOfOurs:
+    @pytest.mark.parametrize("look_up", ["current_stream_key", "capturing", "current_stream"])
+    def test_a_look_up_that_fails_costs_the_stage_and_not_the_program(
+        self, captured: Captured, monkeypatch: pytest.MonkeyPatch, look_up: str
+    ) -> None:
+        device, side = captured.device, captured.device.new_stream()
+
+        def fail() -> None:
+            raise RuntimeError("the device is lost")
+
+        state = captured.recorder.local.state
+        with otel_npu.step("decode"):
+            captured.stage("before")
+            device.use(side)
+            with monkeypatch.context() as failing:
+                failing.setattr(device if look_up == "current_stream" else state, look_up, fail)
+                ran = []
+                with otel_npu.stage("during"):
+                    ran.append(True)
+            captured.stage("after")
+        assert ran == [True]
+        captured.finish()
+        assert [stage.name for stage in captured.step().stages] == ["before", "after"]
+        assert captured.dropped() == {"internal_error": 1}
 
 
 class TestLeftOut:
@@ -822,7 +848,7 @@ class TestErrorsOutOfRecord:
         recorder = captured.recorder
         monkeypatch.setattr(SimulatedEvent, "record", failing)
         captured.device.pool_pairs += 1  # so that a new pair is made, with a record that fails
-        recorder._pools[id(captured.device), 0].free.clear()
+        captured.device.pools[0].free.clear()
         ran = []
         step = otel_npu.step("broken") if in_step else contextlib.nullcontext()
         with pytest.raises(RefusedError) as raised, step, otel_npu.stage("forward"):
@@ -887,7 +913,7 @@ def test_memory_and_events_stay_as_they_are_over_a_million_stages(run_program: C
         run(2_000)
         before = resident_kib()
         run(8_000)
-        pool, = [pool for (_, device), pool in switch.current_recorder()._pools.items()]
+        pool = switch.current_recorder().device.pools[0]
         print(resident_kib() - before, pool._made)
         """,
         {"OTEL_TRACES_EXPORTER": "none"},

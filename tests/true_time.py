@@ -18,7 +18,7 @@ from unittest import mock
 import otel_npu
 from otel_npu import semconv
 from otel_npu.capture import context, resolver, stages, switch
-from otel_npu.capture.recorder import _SLOW_TICKS, IDLE_SECONDS, Recorder
+from otel_npu.capture.recorder import _WATCH_SECONDS, IDLE_SECONDS, Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
 from otel_npu.relay.assembler import Assembler, span_limits
 from otel_npu.relay.wall import WallClock
@@ -89,6 +89,7 @@ class Scenario:
         wall: The wall clock.
         kept: Steps a second that become traces. All of them give bounds.
         forward_ms: How long the longest stage takes, about.
+        nested: Whether each step ends with a step inside it.
     """
 
     seconds: int = 1800
@@ -102,6 +103,7 @@ class Scenario:
     wall: Wall = Wall()  # noqa: RUF009 - it never changes
     kept: float = 3.0
     forward_ms: int = 55
+    nested: bool = False
     seed: int = 1
 
 
@@ -215,7 +217,7 @@ class Worker(Recorder):
     def tick(self, number: int) -> None:
         """What the idle thread does every 20 ms, and about once a second."""
         self._resolve_idle()
-        if number % _SLOW_TICKS == 0:
+        if number % round(_WATCH_SECONDS / IDLE_SECONDS) == 0:
             self._ping()
 
 
@@ -417,7 +419,6 @@ class Engine:
         if idle:
             self.wait_until(max(self.clock.ns, device._dispatched_ns) + _between(rng, 100 * US, 2 * MS))
         step = otel_npu.step("decode").open()
-        assert isinstance(step, stages.Step)
         with otel_npu.stage("prepare_input"):
             device.launch(_between(rng, MS, 5 * MS))
         with otel_npu.stage("forward"):
@@ -428,14 +429,23 @@ class Engine:
             device.launch(round(rng.uniform(0.75, 1.25) * self._scenario.forward_ms * MS))
         with otel_npu.stage("sample"):
             device.launch(_between(rng, MS, 5 * MS))
+        if self._scenario.nested:
+            inner = otel_npu.step("draft").open()
+            with otel_npu.stage("draft"):
+                device.launch(_between(rng, MS, 5 * MS))
+            self._close(inner)
         if idle:
             self.wait_until(stream.busy_until_ns + device.answers_late())
         else:
             self._ahead.append(stream.busy_until_ns)
+        self._close(step)
+        self.wait_until(self.clock.ns)
+
+    def _close(self, step: Any) -> None:
+        """Close a step, and keep the truth about it."""
         used = [cast("Pair", stage.pair) for stage in step.stages]
         self._truths[step.number] = [Truth(pair.start.reached_ns, pair.end.reached_ns) for pair in used]
         step.close()
-        self.wait_until(self.clock.ns)
 
     def wait_until(self, host_ns: int) -> None:
         """Let time pass, and the idle thread work."""

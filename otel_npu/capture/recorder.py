@@ -61,7 +61,6 @@ class Recorder:
         self.device: Device = device or Cpu()
         self.device_is_open_question = device is None
         self.running = True
-        self._pools: dict[tuple[int, int], Pool] = {}
         self._states: list[ThreadState] = []
         self._lock = threading.Lock()
         self._limiter = context.Limiter(settings.steps_per_second)
@@ -89,11 +88,10 @@ class Recorder:
 
     def pool(self, device_index: int) -> Pool:
         """The event pairs of this device."""
-        key = (id(self.device), device_index)
         with self._lock:
-            pool = self._pools.get(key)
+            pool = self.device.pools.get(device_index)
             if pool is None:
-                pool = self._pools[key] = Pool(self.device, device_index)
+                pool = self.device.pools[device_index] = Pool(self.device, device_index)
         return pool
 
     def choose(self, step: Step) -> context.Ids | None:
@@ -123,7 +121,7 @@ class Recorder:
             try:
                 self._resolver.resolve(state, _STEPS_PER_BOUNDARY)
             except Exception:
-                self._own_fault()
+                self.own_fault()
             finally:
                 state.lock.release()
 
@@ -153,6 +151,11 @@ class Recorder:
             "the program, and tracing is off from here"
         )
         self.stop_capture()
+
+    def own_fault(self) -> None:
+        """A fault of ours, which is being handled: counted, for whoever debugs, and never the program's."""
+        self.drops.add(semconv.INTERNAL_ERROR)
+        _log.debug("a fault of otel-npu's own; the program is not affected", exc_info=True)
 
     # Lifecycle.
 
@@ -199,6 +202,11 @@ class Recorder:
         self._wake.set()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         self._link.close(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            states = list(self._states)
+        for state in states:  # what the device has not finished by now; the next recorder needs the events
+            while state.pending:
+                give_up(state.pending.popleft(), self.drops)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's connection, without a word and without its locks."""
@@ -218,7 +226,7 @@ class Recorder:
                     self._watch()
                     self._ping()
             except Exception:
-                self._own_fault()
+                self.own_fault()
             self._wake.wait(IDLE_SECONDS)
             self._wake.clear()
             if self._stop.is_set():
@@ -275,7 +283,7 @@ class Recorder:
     def _ping(self) -> None:
         """Look at the clock of each device that is in use."""
         with self._lock:
-            pools = list(self._pools.values())
+            pools = list(self.device.pools.values())
             states = list(self._states)
         # Not while a thread captures a graph: nobody knows what a driver makes of other work meanwhile.
         if not pools or any(
@@ -295,10 +303,6 @@ class Recorder:
                 self.drops.add(semconv.PING_UNANSWERED)
             else:
                 self._channel.send(frames.encode(frames.Ping(pool.device_index, *ping)))
-
-    def _own_fault(self) -> None:
-        self.drops.add(semconv.INTERNAL_ERROR)
-        _log.debug("a fault of otel-npu's own; the program is not affected", exc_info=True)
 
     def _hello(self) -> frames.Hello:
         return frames.Hello(

@@ -151,31 +151,35 @@ class Stage:
     def __enter__(self) -> None:
         if self.step is not None and not self._enter_again():
             return
-        state = self.local.state
-        step = state.step
-        if step is None:
-            step = Step(state.recorder, self.name, bare=True)
-            step.open_in(state)
-        key = state.current_stream_key()
-        if key != state.stream_key:
-            state.change_stream(key)
-        pair: Pair | None
         try:
-            pair = state.free.pop()
-        except IndexError:
-            if len(step.stages) >= MAX_STAGES:
-                self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
+            state = self.local.state
+            step = state.step
+            if step is None:
+                step = Step(state.recorder, self.name, bare=True)
+                step.open_in(state)
+            key = state.current_stream_key()
+            if key != state.stream_key:
+                state.change_stream(key)
+            pair: Pair | None
+            try:
+                pair = state.free.pop()
+            except IndexError:
+                if len(step.stages) >= MAX_STAGES:
+                    self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
+                    return
+                pair = state.another_pair()
+            if state.side_stream and state.capturing():
+                self._leave_out(state, step, pair, semconv.STREAM_CAPTURED)
                 return
-            pair = state.another_pair()
-        if state.side_stream and state.capturing():
-            self._leave_out(state, step, pair, semconv.STREAM_CAPTURED)
+            self.step = step
+            self.pair = pair
+            self.stream = stream = state.stream
+            self.exited_ns = 0
+            step.stages.append(self)
+            self.entered_ns = perf_counter_ns()
+        except Exception:
+            self._fault()
             return
-        self.step = step
-        self.pair = pair
-        self.stream = stream = state.stream
-        self.exited_ns = 0
-        step.stages.append(self)
-        self.entered_ns = perf_counter_ns()
         if pair is not None:
             try:
                 pair.record_start(stream)
@@ -259,6 +263,17 @@ class Stage:
                 step.stages[step.stages.index(self)] = copy.copy(self)
         self.step = self.pair = self.device_ns = self.duration_ns = None
         return True
+
+    def _fault(self) -> None:
+        """Something of ours, or of torch's look-ups, failed before anything was recorded: this use is left out."""
+        state = self.local.state
+        state.recorder.own_fault()
+        step, self.step = state.step, None
+        if step is not None:
+            if self in step.stages:
+                step.stages.remove(self)
+            if step.bare and not step.stages:
+                state.step = step.outer
 
     def _start_failed(self, step: Step) -> None:
         """The stage does not begin: the program's error goes out of its entry."""
@@ -358,7 +373,11 @@ class Step:
         if self.closed_ns != _NOT_ENTERED:
             self.recorder.drops.add(semconv.REENTERED)
             return self
-        self.open_in(self.recorder.local.state)
+        try:
+            self.open_in(self.recorder.local.state)
+        except Exception:
+            self.recorder.own_fault()
+            self.closed_ns = _NOT_ENTERED
         return self
 
     def open_in(self, state: ThreadState) -> None:

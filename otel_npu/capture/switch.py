@@ -232,7 +232,6 @@ def _after_fork_in_child() -> None:
     if parent is not None:
         _recorder, _decided, _forked_from = None, False, parent.settings
         _off_stages.clear()  # whoever finds one there does not ask whether tracing is on
-        _off_stages.clear()
         parent.abandon()
         # Never destroyed: its events belong to a device context that this process does not have.
         _inherited.append(parent)

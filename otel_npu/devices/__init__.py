@@ -5,13 +5,14 @@ Each kind is one small class in a module of its own. All of them answer to `Devi
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.pair import Pair, Pool
     from otel_npu.devices.ping import Ping
 
 
@@ -26,6 +27,9 @@ class Device(Protocol):
 
     resolution_ns: int
     """A device time stands for an instant in [time, time + resolution)."""
+
+    pools: dict[int, Pool]
+    """Its event pairs, by device index. They live as long as it does: to destroy an event is work for the device."""
 
     pool_pairs: int
     """How many event pairs may exist on each device; far below the event ids that the hardware has."""
@@ -100,6 +104,12 @@ def find(kind: str) -> Device | None:
         raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
     if not getattr(torch, accelerator).is_initialized():
         return None
+    return _open(accelerator)
+
+
+@functools.cache
+def _open(accelerator: str) -> Device:
+    """The one device of a process: it has the events, and they outlive whoever records them."""
     if accelerator == "npu":
         from otel_npu.devices.npu import Npu
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.pair import Pair, Pool
 
 
 class HostStream:
@@ -48,6 +48,7 @@ class Cpu:
 
     def __init__(self) -> None:
         stream = HostStream()
+        self.pools: dict[int, Pool] = {}
         self.current_stream = self.current_stream_key = lambda: stream
 
     def new_event(self, _device_index: int) -> HostEvent:

@@ -16,7 +16,7 @@ from otel_npu.devices.torch_event import stream_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.pair import Pair, Pool
 
 # Event ids a device: 65536 on A2/A3, 1023 on 310P; a record may block when they run out, so stay far below.
 _POOL_PAIRS: Final = 1024
@@ -37,6 +37,7 @@ class Npu:
 
     def __init__(self, torch: Any, torch_npu: Any, acl: ctypes.CDLL | None) -> None:
         self._torch = torch
+        self.pools: dict[int, Pool] = {}
         self._acl = acl
         # -1 is the current device. The raw stream takes 0.08 us, without a stream object being made; the "no wait"
         # is not to drain the task queue. (torch.npu.current_stream() takes 11 us.)

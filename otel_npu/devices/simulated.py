@@ -15,7 +15,7 @@ from otel_npu.devices.ping import Ping, ping
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.pair import Pair, Pool
 
 _TICK_NS: Final = 20  # the 50 MHz timestamps of an Ascend 910B
 
@@ -78,6 +78,7 @@ class SimulatedNpu:
         drift_ppm: float = 12.0,
     ) -> None:
         self.now = now
+        self.pools: dict[int, Pool] = {}
         self._started_ns = now()
         self._offset_ns = offset_ns
         self._drift = drift_ppm * 1e-6

@@ -30,6 +30,7 @@ _UNSET: Final = Status(StatusCode.UNSET)
 # A decode batch links to every request it serves; OpenTelemetry's default of 128 would lose the rest.
 _MAX_LINKS: Final = 4096
 _DEFAULT_LIMIT: Final = 128
+_MAX_OUTER: Final = 256
 
 
 class _Placed(NamedTuple):
@@ -115,6 +116,8 @@ class Assembler:
         self._wall = wall
         self._limits = limits
         self._clocks: dict[int, DeviceClock] = {}
+        self._inside: dict[bytes, tuple[int, int]] = {}
+        """By the span id of a step that is still to come: from where to where the steps inside it reach."""
         self._dropped: dict[str, int] = {}
 
     def replaces(self, other: Assembler | None) -> None:
@@ -158,6 +161,7 @@ class Assembler:
             )
         if not step.bare:
             dropped, self._dropped = self._dropped, {}
+            start_ns, end_ns = self._extent(step, placed)
             spans.append(
                 self._span(
                     semconv.WORKER_STEP,
@@ -165,15 +169,25 @@ class Assembler:
                     _context(trace_id, step.parent_span_id),
                     _step_attributes(step, dropped),
                     step.attributes,
-                    (
-                        min((place.start_ns for place in placed), default=step.opened_ns) + unix_ns,
-                        max((place.end_ns for place in placed), default=step.closed_ns) + unix_ns,
-                    ),
+                    (start_ns + unix_ns, end_ns + unix_ns),
                     error=step.error,
                     links=links,
                 )
             )
         return spans
+
+    def _extent(self, step: Step, placed: list[_Placed]) -> tuple[int, int]:
+        """From the first stage of a step to its last, those of steps inside it included: they have come before it."""
+        start_ns = min((place.start_ns for place in placed), default=step.opened_ns)
+        end_ns = max((place.end_ns for place in placed), default=step.closed_ns)
+        inside = self._inside.pop(step.span_id, (start_ns, end_ns))
+        extent = min(start_ns, inside[0]), max(end_ns, inside[1])
+        if step.parent_span_id:
+            beside = self._inside.get(step.parent_span_id, extent)
+            self._inside[step.parent_span_id] = min(extent[0], beside[0]), max(extent[1], beside[1])
+            if len(self._inside) > _MAX_OUTER:  # most parents are the program's own spans
+                del self._inside[next(iter(self._inside))]
+        return extent
 
     def ping(self, ping: Ping) -> None:
         """Learn from a look at a device's clock."""
