@@ -95,8 +95,8 @@ def relay_costs(count: int) -> dict[str, float]:
     gc.disable()
     for packet in encoded:
         step = timed("decoding", frames.decode_frame, packet)
-        timed("feeding the clock", assembler._learn, step)
-        timed("placing", assembler._place, step)
+        timed("feeding the clock", assembler.timeline.learn, step)
+        timed("placing", assembler.timeline.place, step)
         timed("all of the assembler", assembler.step, step)
     gc.enable()
     costs = {what: statistics.median(times) for what, times in spent.items()}

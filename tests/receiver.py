@@ -55,7 +55,7 @@ class Receiver:
 
     def __enter__(self) -> Receiver:
         self._grpc = grpc.server(futures.ThreadPoolExecutor(4))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)  # type: ignore[no-untyped-call]
         self.grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))

@@ -170,9 +170,7 @@ class TestReading:
         assert ascend.count("synchronize") == before
 
     @needs_task_queue
-    def test_elapsed_time_of_finished_events_stalls_while_the_task_queue_is_busy(
-        self, ascend: Simulator
-    ) -> None:
+    def test_elapsed_time_of_finished_events_stalls_while_the_task_queue_is_busy(self, ascend: Simulator) -> None:
         start, end = finished_pair(ascend)
         ascend.configure(dispatch_delay_ns=BUSY)
         before = ascend.count("record")
@@ -225,9 +223,7 @@ class TestQuery:
         assert event.query()
 
     @needs_task_queue
-    def test_a_finished_event_is_not_ready_again_before_its_new_record_is_dispatched(
-        self, ascend: Simulator
-    ) -> None:
+    def test_a_finished_event_is_not_ready_again_before_its_new_record_is_dispatched(self, ascend: Simulator) -> None:
         event, _ = finished_pair(ascend)
         assert event.query()
         ascend.configure(dispatch_delay_ns=BUSY)
@@ -404,9 +400,7 @@ class TestBypassingTheTaskQueue:
 
 
 class TestFailures:
-    def test_a_failed_launch_is_raised_once_by_the_next_record_and_then_nothing_runs(
-        self, ascend: Simulator
-    ) -> None:
+    def test_a_failed_launch_is_raised_once_by_the_next_record_and_then_nothing_runs(self, ascend: Simulator) -> None:
         printed = in_process(f"""
             ascend.fail("launch", {DEVICE_ERROR})
             print("launch raises:", raises(lambda: torch.npu._sleep(1000)))
@@ -427,9 +421,7 @@ class TestFailures:
             "records that ran: 0",
         ]
 
-    def test_a_failed_record_is_raised_by_the_next_launch_and_its_event_is_ready(
-        self, ascend: Simulator
-    ) -> None:
+    def test_a_failed_record_is_raised_by_the_next_launch_and_its_event_is_ready(self, ascend: Simulator) -> None:
         printed = in_process(f"""
             fresh = torch.Event(device="npu", enable_timing=True)
             ascend.fail("record", {DEVICE_ERROR})

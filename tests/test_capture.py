@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import otel_npu
-from otel_npu.capture.stages import MAX_DEPTH, MAX_STAGES, Stage, Step
+from otel_npu.capture.stages import Stage
+from otel_npu.capture.steps import MAX_DEPTH, MAX_STAGES, Step
 from otel_npu.wire import frames
 from tests.capturing import MILLISECOND, SECOND, Captured, Clock, Exported, capturing, simulated, wait_until
 

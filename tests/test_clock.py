@@ -27,9 +27,7 @@ DAY = 86_400 * S
 def line(ppm: float, device_start: int, host_start: int) -> Callable[[int], int]:
     """The true host time of a device time, for clocks of constant rates."""
     rate = Fraction(round(ppm * 1000), 10**9)
-    return lambda device_ns: (
-        host_start + (device_ns - device_start) + round((device_ns - device_start) * rate)
-    )
+    return lambda device_ns: host_start + (device_ns - device_start) + round((device_ns - device_start) * rate)
 
 
 def placed(clock: DeviceClock, device_ns: int, near_host_ns: int | None = None) -> Placement:
@@ -42,16 +40,12 @@ def covers(placement: Placement, true_ns: int) -> bool:
     return abs(placement.host_ns - true_ns) <= placement.uncertainty_ns
 
 
-def bracket(
-    clock: DeviceClock, device_ns: int, true_ns: int, before: int = 20 * US, after: int = 30 * US
-) -> None:
+def bracket(clock: DeviceClock, device_ns: int, true_ns: int, before: int = 20 * US, after: int = 30 * US) -> None:
     clock.lower(device_ns, true_ns - before)
     clock.upper(device_ns, true_ns + after)
 
 
-def feed(
-    clock: DeviceClock, host: Callable[[int], int], start_ns: int, seconds: int, per_second: int = 10
-) -> int:
+def feed(clock: DeviceClock, host: Callable[[int], int], start_ns: int, seconds: int, per_second: int = 10) -> int:
     """Good brackets for some seconds; returns the device time after them."""
     for i in range(seconds * per_second):
         device_ns = start_ns + i * S // per_second
@@ -188,9 +182,7 @@ def test_the_limits_are_those_of_every_line_between_the_bounds_found_by_brute_fo
         return x * ppb // 10**9
 
     observed = [(1, 0, 40 * US), (-1, 10 * S, 60 * US), *extra]
-    constraints = [
-        (sign, x, offset(x) - late if sign > 0 else offset(x) + late + 1) for sign, x, late in observed
-    ]
+    constraints = [(sign, x, offset(x) - late if sign > 0 else offset(x) + late + 1) for sign, x, late in observed]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clock_module, "WANDER_PER_NS", 0.0)
         patch.setattr(clock_module, "_MAX_VERTICES", 1000)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_npu.devices.pair import Pair, Pool
+from otel_npu.devices.ping import ping
 from otel_npu.devices.simulated import SimulatedNpu
 from tests.capturing import MILLISECOND, SECOND, Clock, simulated
 
@@ -118,3 +120,9 @@ def test_a_ping_says_what_its_clock_shows(device: SimulatedNpu, clock: Clock) ->
     answer = device.ping(0, 1000)
     assert answer is not None
     assert (answer.device_ns, answer.before_ns, answer.seen_ns) == (clock.ns + SECOND, clock.ns, clock.ns)
+
+
+def test_a_look_at_the_clock_that_takes_longer_than_its_budget_is_given_up() -> None:
+    now = itertools.count(step=40)
+    assert ping(lambda: None, lambda: False, lambda: 0, 100, lambda: next(now)) is None
+    assert next(now) == 160  # at 0 it was recorded; at 40 and 80 there was time left, at 120 there was none

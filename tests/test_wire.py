@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_npu.capture.stages import MAX_STAGES
+from otel_npu.capture.steps import MAX_STAGES
 from otel_npu.drops import Drops
 from otel_npu.settings import SESSION
 from otel_npu.wire import channel as channel_module

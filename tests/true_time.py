@@ -17,7 +17,7 @@ from unittest import mock
 
 import otel_npu
 from otel_npu import semconv
-from otel_npu.capture import context, resolver, stages, switch
+from otel_npu.capture import context, resolver, stages, steps, switch
 from otel_npu.capture.recorder import _WATCH_SECONDS, IDLE_SECONDS, Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
 from otel_npu.relay.assembler import Assembler, span_limits
@@ -317,7 +317,7 @@ class Relay:
             self.assembler = Assembler(frame, self._wall, span_limits())
         elif isinstance(frame, frames.Ping):
             self._run.pings += 1
-            self.assembler.ping(frame)
+            self.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Step):
             for reason, count in frame.dropped.items():
                 self._run.dropped[reason] = self._run.dropped.get(reason, 0) + count
@@ -397,6 +397,7 @@ class Engine:
         end_ns = self.clock.ns + self._scenario.seconds * S
         with (
             mock.patch.object(stages, "perf_counter_ns", self.clock),
+            mock.patch.object(steps, "perf_counter_ns", self.clock),
             mock.patch.object(resolver, "perf_counter_ns", self.clock),
             mock.patch.object(switch, "_recorder", self.worker),
         ):

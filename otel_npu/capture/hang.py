@@ -11,7 +11,8 @@ from otel_npu.capture.resolver import give_up
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from otel_npu.capture.stages import Stage, Step, ThreadState
+    from otel_npu.capture.stages import Stage
+    from otel_npu.capture.steps import Step, ThreadState
     from otel_npu.drops import Drops
     from otel_npu.wire.channel import Channel
 

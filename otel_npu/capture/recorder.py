@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import devices, semconv
 from otel_npu.capture import context, hang
 from otel_npu.capture.resolver import Resolver, give_up
-from otel_npu.capture.stages import MAX_PENDING, Step, ThreadState
+from otel_npu.capture.steps import MAX_PENDING, Step, ThreadState
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool
 from otel_npu.drops import REPORT_SECONDS, Drops

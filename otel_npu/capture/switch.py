@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.capture.off import OffStage, OffStep
 from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
-from otel_npu.capture.stages import Stage, Step
+from otel_npu.capture.stages import Stage
+from otel_npu.capture.steps import Step
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:

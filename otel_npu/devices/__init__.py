@@ -66,7 +66,7 @@ class Device(Protocol):
         """
 
     def captured(self, stream_key: Any, /) -> bool:
-        """Whether the stream with this key is being captured into a graph; any thread may ask."""
+        """Whether a graph is being captured, on the stream with this key or on the usual one. As for `ping`."""
 
     def name(self, device_index: int, /) -> str:
         """The device's model, or an empty string."""

@@ -90,7 +90,16 @@ class Npu:
         return ping(pinger.record, pinger.done, pinger.read, budget_ns)
 
     def captured(self, stream_key: Any) -> bool:
-        """Whether the stream is being captured; False where ACL can't tell."""
+        """Whether the stream, or the one that torch captures on by default, is being captured.
+
+        Called by one thread, whose current stream it changes. False where ACL can't tell.
+        """
+        default = getattr(getattr(self._torch.npu, "graph", None), "default_capture_stream", None)
+        if default is not None:
+            # Asking a stream for its raw handle drains the task queue; asking about one's current stream doesn't.
+            self._torch.npu.set_stream(default)
+            if self.capturing():
+                return True
         get_info = getattr(self._acl, "aclmdlRICaptureGetInfo", None)
         if get_info is None or not isinstance(stream_key, int):
             return False

@@ -48,7 +48,7 @@ MEMORY_NS = 120_000_000_000
 """For how long after a jump spans from before it are still looked for."""
 
 _ADVANCE_NS = 1_000_000_000  # The polygon ages in steps of this; in between that costs at most 0.1 us.
-_MAX_VERTICES = 12  # 6 to 8 are usual. More than 12 win nothing that can be measured.
+_MAX_VERTICES = 12
 _UNBOUNDED_NS = 1e15  # 11 days: where the polygon of a new segment ends on the side that has no bound yet.
 _UNCONFIRMED_NS = 1_000_000_000  # How much nearer to the truth a segment must look while it is a candidate.
 
@@ -157,9 +157,7 @@ class DeviceClock:
                 return math.inf
             host_ns = placement.host_ns
             outside = max(segment.begin_ns - host_ns, host_ns - segment.end_ns, 0)
-            return (
-                abs(host_ns - near_host_ns) + outside + (_UNCONFIRMED_NS if segment is self._candidate else 0)
-            )
+            return abs(host_ns - near_host_ns) + outside + (_UNCONFIRMED_NS if segment is self._candidate else 0)
 
         segments = [current, *self._past]
         if self._candidate is not None:
@@ -253,9 +251,7 @@ def _clip(polygon: _Polygon, distances: list[float]) -> _Polygon:
     for vertex, distance in zip(polygon, distances, strict=True):
         if distance < 0 < distance_before or distance_before < 0 < distance:
             share = distance_before / (distance_before - distance)
-            kept.append(
-                (before[0] + share * (vertex[0] - before[0]), before[1] + share * (vertex[1] - before[1]))
-            )
+            kept.append((before[0] + share * (vertex[0] - before[0]), before[1] + share * (vertex[1] - before[1])))
         if distance >= 0:
             kept.append(vertex)
         before, distance_before = vertex, distance

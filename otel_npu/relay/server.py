@@ -237,7 +237,7 @@ class Server:
         elif client.assembler is None:
             raise ValueError("a frame before the hello")
         elif isinstance(frame, frames.Ping):
-            client.assembler.ping(frame)
+            client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
             self._export.put([client.assembler.unfinished(frame)], client.account)
         else:

@@ -65,9 +65,7 @@ class Simulator:
 
     def __init__(self, folder: Path) -> None:
         # By path and globally: torch_npu finds them by soname, and LD_LIBRARY_PATH isn't needed.
-        libraries = {
-            name: ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in library_names(folder)
-        }
+        libraries = {name: ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in library_names(folder)}
         self._c = libraries["libascendcl.so"]
         self._held: set[int] = set()
         self._capacity = 0

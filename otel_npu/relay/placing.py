@@ -1,0 +1,190 @@
+"""Where a step's stages lie on the host's monotonic clock: within every bound, and with what is known of how sure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from otel_npu.relay.clock import DeviceClock
+
+if TYPE_CHECKING:
+    from otel_npu.relay.clock import Placement
+    from otel_npu.wire.frames import Ping, Stage, Step
+
+
+class Place(NamedTuple):
+    """Where a stage lies on the host's monotonic clock, in nanoseconds, and how sure that is."""
+
+    start_ns: int
+    end_ns: int
+    uncertainty_ns: int | None
+
+
+_Group: TypeAlias = tuple[int, int, int, int]
+"""A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
+first and the last device time. (A plain tuple, because one is made for each stage.)"""
+
+
+class _Line(NamedTuple):
+    """Host time minus device time across a step, and how far it may be off, each a line between the step's two ends.
+
+    What is possible at a device time is convex (see `relay.clock`), so in between it is never more than this says.
+    """
+
+    first_ns: int
+    shift_ns: int
+    shift_rate: float
+    uncertainty_ns: int
+    uncertainty_rate: float
+
+    @classmethod
+    def through(cls, first_ns: int, first: Placement, last_ns: int, last: Placement) -> _Line:
+        """The line through the placements of two device times."""
+        shift_ns, length_ns = first.host_ns - first_ns, max(1, last_ns - first_ns)
+        return cls(
+            first_ns,
+            shift_ns,
+            (last.host_ns - last_ns - shift_ns) / length_ns,
+            first.uncertainty_ns,
+            (last.uncertainty_ns - first.uncertainty_ns) / length_ns,
+        )
+
+    def place(self, group: _Group, least: int) -> tuple[int, int]:
+        """The shift in the group's middle, within its bounds and not below `least`, and how far off it may be in it."""
+        earliest, latest, first_ns, last_ns = group
+        rate, from_ns = self.shift_rate, self.first_ns
+        middle_ns = (first_ns + last_ns) // 2
+        # Where the bounds leave nothing, the enqueueing is the one that is certain.
+        shift_ns = max(min(self.shift_ns + round(rate * (middle_ns - from_ns)), latest), earliest, least)
+        # The two clocks' rates differ, so one shift can't be right at both ends.
+        before_ns, after_ns = first_ns - from_ns, last_ns - from_ns
+        off_ns = shift_ns - self.shift_ns
+        uncertainty_ns = self.uncertainty_ns + max(
+            abs(off_ns - rate * before_ns) + self.uncertainty_rate * before_ns,
+            abs(off_ns - rate * after_ns) + self.uncertainty_rate * after_ns,
+        )
+        return shift_ns, int(uncertainty_ns) + 1
+
+
+class Timeline:
+    """The clocks of one process's devices, and the placing by them.
+
+    Args:
+        resolution_ns: What the devices' times are truncated to.
+    """
+
+    def __init__(self, resolution_ns: int) -> None:
+        self._resolution_ns = resolution_ns
+        self._clocks: dict[int, DeviceClock] = {}
+
+    def ping(self, ping: Ping) -> None:
+        """Learn from a look at a device's clock."""
+        clock = self._clock(ping.device_index)
+        clock.lower(ping.device_ns, ping.before_ns)
+        clock.upper(ping.device_ns, ping.seen_ns)
+
+    def learn(self, step: Step) -> None:
+        """What the step's stages say about their devices' clocks: of each side's bounds the tightest will do."""
+        tightest: dict[int, tuple[int, int, int]] = {}
+        latest: dict[int, int] = {}
+        for stage in step.stages:
+            if stage.device_ns is None:
+                continue
+            device, end_ns = stage.device_index, stage.device_ns + stage.duration_ns
+            latest[device] = max(latest.get(device, end_ns), end_ns)
+            for device_ns, host_ns in ((stage.device_ns, stage.entered_ns), (end_ns, stage.exited_ns)):
+                if device not in tightest or host_ns - device_ns > tightest[device][0]:
+                    tightest[device] = (host_ns - device_ns, device_ns, host_ns)
+        for device, (_, device_ns, host_ns) in tightest.items():
+            clock = self._clock(device)
+            clock.lower(device_ns, host_ns)
+            clock.upper(latest[device], step.seen_ns)
+
+    def place(self, step: Step) -> list[Place]:
+        """Place each outermost stage by its middle; the stages inside keep their exact distances from it."""
+        stages = step.stages
+        roots: list[int] = []
+        groups: dict[int, _Group] = {}
+        for index, stage in enumerate(stages):
+            inside = stage.parent >= 0 and _same_clock(stage, stages[stage.parent])
+            root = roots[stage.parent] if inside else index
+            roots.append(root)
+            if stage.device_ns is not None:
+                # Neither event can have happened before it was enqueued, nor after it was seen done.
+                first_ns, last_ns = stage.device_ns, stage.device_ns + stage.duration_ns
+                earliest, latest = max(stage.entered_ns - first_ns, stage.exited_ns - last_ns), step.seen_ns - last_ns
+                if root != index:
+                    around = groups[root]
+                    earliest, latest = max(earliest, around[0]), min(latest, around[1])
+                    first_ns, last_ns = min(first_ns, around[2]), max(last_ns, around[3])
+                groups[root] = earliest, latest, first_ns, last_ns
+        lines = self._lines(stages, groups)
+        shifts: dict[int, tuple[int, int | None]] = {}
+        started: dict[tuple[int, int], int] = {}
+        for root, group in groups.items():
+            stage = stages[root]
+            earliest = group[0]
+            device_ns = stage.device_ns or 0
+            line = lines[stage.device_index]
+            # A stream works in order, whatever the bounds of each have done.
+            stream = stage.device_index, stage.stream_id
+            least = started.get(stream, earliest + device_ns) - device_ns
+            shift = (max(earliest, least), None) if line is None else line.place(group, least)
+            started[stream] = device_ns + shift[0]
+            shifts[root] = shift
+        placed: list[Place] = []
+        for stage, root in zip(stages, roots, strict=True):
+            if stage.device_ns is None:
+                place = Place(stage.entered_ns, stage.entered_ns + stage.duration_ns, None)
+            else:
+                shift_ns, uncertainty_ns = shifts[root]
+                start_ns = stage.device_ns + shift_ns
+                place = Place(start_ns, start_ns + stage.duration_ns, uncertainty_ns)
+            # On another stream, or by another clock, it may well reach beyond what is around it.
+            inside = stage.parent >= 0 and _same_stream(stage, stages[stage.parent])
+            placed.append(_within(place, placed[stage.parent]) if inside else place)
+        return placed
+
+    def _lines(self, stages: list[Stage], groups: dict[int, _Group]) -> dict[int, _Line | None]:
+        """Of each device the line through the step's first and last device time; None where there is no map yet."""
+        ends: dict[int, tuple[int, int, int, int]] = {}
+        for root, group in groups.items():
+            device, near_ns = stages[root].device_index, stages[root].entered_ns
+            _, _, first_ns, last_ns = group
+            end = ends.get(device)
+            if end is None:
+                ends[device] = first_ns, near_ns, last_ns, near_ns
+                continue
+            first = (first_ns, near_ns) if first_ns < end[0] else end[:2]
+            last = (last_ns, near_ns) if last_ns > end[2] else end[2:]
+            ends[device] = *first, *last
+        lines: dict[int, _Line | None] = {}
+        for device, (first_ns, near_first_ns, last_ns, near_last_ns) in ends.items():
+            clock = self._clocks[device]
+            start, end_place = clock.at(first_ns, near_first_ns), clock.at(last_ns, near_last_ns)
+            if start is None or end_place is None:
+                lines[device] = None
+            else:
+                lines[device] = _Line.through(first_ns, start, last_ns, end_place)
+        return lines
+
+    def _clock(self, device_index: int) -> DeviceClock:
+        clock = self._clocks.get(device_index)
+        if clock is None:
+            clock = self._clocks[device_index] = DeviceClock(self._resolution_ns)
+        return clock
+
+
+def _same_clock(stage: Stage, around: Stage) -> bool:
+    return around.device_index == stage.device_index and (around.device_ns is None) == (stage.device_ns is None)
+
+
+def _same_stream(stage: Stage, around: Stage) -> bool:
+    return stage.stream_id == around.stream_id and _same_clock(stage, around)
+
+
+def _within(place: Place, around: Place) -> Place:
+    """The place, cut to what is around it: rounded times and different clocks may disagree a little."""
+    if around.start_ns <= place.start_ns <= place.end_ns <= around.end_ns:
+        return place
+    start_ns = min(max(place.start_ns, around.start_ns), around.end_ns)
+    return Place(start_ns, min(max(place.end_ns, start_ns), around.end_ns), place.uncertainty_ns)
