@@ -22,9 +22,12 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import otel_npu
+from otel_npu.capture import switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.ascend.simulator import Simulator
 
 _STAGES = 20  # stages in what is timed at once
 _STAGES_PER_STEP = 5
@@ -132,12 +135,36 @@ def whole_steps() -> None:
                     pass
 
 
+def resolving_behind_a_slow_task(torch: Any, simulator: Simulator, rounds: int) -> float:
+    """Median microseconds for which resolving a finished step holds its thread, while a task holds up the queue."""
+    recorder = switch.current_recorder()
+    assert recorder is not None
+    state = recorder.local.state
+    slow = torch.Event(device="npu:0", enable_timing=True)
+    costs = []
+    for _ in range(rounds):
+        with state.lock:  # so that nobody else resolves them
+            whole_steps()
+            torch.npu.synchronize()
+            simulator.configure(dispatch_delay_ns=20_000_000)
+            slow.record()
+            while state.pending:
+                began = perf_counter_ns()
+                recorder._resolver.resolve(state, 1)
+                costs.append(perf_counter_ns() - began)
+            assert not slow.query(), "the task was no longer slow"
+            simulator.configure(dispatch_delay_ns=0)
+        torch.npu.synchronize()
+    return statistics.median(costs) / 1000
+
+
 def measure(rounds: int) -> None:
     """Measure in this process, whose environment says whether the task queue is on."""
+    simulator: Simulator | None = None
     with contextlib.suppress(ImportError):  # an installation without the tests: then there must be an NPU
         from tests.ascend.simulator import Simulator
 
-        Simulator.load()
+        simulator = Simulator.load()
     import torch
     import torch_npu  # noqa: F401
 
@@ -161,6 +188,9 @@ def measure(rounds: int) -> None:
     in_step.close()
     timed._drain = torch.npu.synchronize
     timed.time({_WHOLE: whole_steps})
+    if simulator is not None and os.environ.get("TASK_QUEUE_ENABLE") == "1":
+        resolving_us = resolving_behind_a_slow_task(torch, simulator, rounds // 10)
+        print(f"  resolving a finished step of {_STAGES_PER_STEP} behind a slow task: {resolving_us:.1f} us")
     otel_npu.disable()
 
     for name in timed.costs:

@@ -214,3 +214,42 @@ def test_resolving_does_not_wait_for_a_task_that_holds_up_the_queue(ascend: Simu
         assert not slow.query()
     ascend.configure(dispatch_delay_ns=0)
     torch.npu.synchronize()
+
+
+@pytest.mark.usefixtures("ascend")
+def test_a_million_stages_leave_no_memory_and_no_event_behind(run_program: RunProgram) -> None:
+    done = run_program(
+        """
+        from tests.ascend.simulator import Simulator
+        simulator = Simulator.load()
+        import torch, torch_npu
+        import otel_npu
+
+        def resident_kib():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+        def run(steps):
+            for number in range(steps):
+                with otel_npu.step("decode"):
+                    for _ in range(100):
+                        with otel_npu.stage("forward"):
+                            pass
+                if number % 5 == 0:
+                    torch.npu.synchronize()  # as a model does when it reads its output
+            assert otel_npu.flush(20)
+
+        torch.npu.set_device(0)
+        run(1_000)
+        kib, counts = resident_kib(), simulator.counts()
+        run(9_000)
+        after = simulator.counts()
+        print(resident_kib() - kib, *(after[name] - counts[name] for name in ("live_events", "create", "record")))
+        """,
+        {"OTEL_NPU_ENABLED": "1", "OTEL_TRACES_EXPORTER": "none"},
+        timeout=120,
+    )
+    grown_kib, live_events, created, recorded = map(int, done.stdout.split()[-4:])
+    assert recorded >= 1_800_000
+    assert (live_events, created) == (0, 0)
+    assert grown_kib < 4096

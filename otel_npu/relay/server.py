@@ -30,7 +30,7 @@ _TICK_SECONDS: Final = 0.5
 _LOOK_SECONDS: Final = 0.01
 _QUIET_SECONDS: Final = 1.0
 _FIRST_CLIENT_SECONDS: Final = 10.0
-_FRAMES_PER_TURN: Final = 256
+_FRAMES_PER_TURN: Final = 1024
 DRAIN_SECONDS: Final = 5.0
 _MAX_FLUSH_SECONDS: Final = 60.0
 _WAKE: Final = b"\0"
@@ -154,10 +154,10 @@ class Server:
         more than sending. So the relay looks by itself, and waits only when nothing has come for a while.
         """
         quiet = time.monotonic() - self._last_frame > _QUIET_SECONDS
-        busy = self._turn(_TICK_SECONDS if quiet else 0.0)
-        if busy:
+        if self._turn(_TICK_SECONDS if quiet else 0.0):
             self._last_frame = time.monotonic()
-        elif not quiet:
+            quiet = False
+        if not quiet:
             time.sleep(_LOOK_SECONDS)
 
     def _deserted(self) -> bool:
