@@ -206,8 +206,7 @@ def test_a_limit_that_is_no_number_is_one_clear_line(
     monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", value)
     assert span_limits().max_links == 4096
     [record] = caplog.records
-    assert "OTEL_SPAN_LINK_COUNT_LIMIT must be a non-negative integer" in record.getMessage()
-    assert value in record.getMessage()
+    assert f"OTEL_SPAN_LINK_COUNT_LIMIT={value!r}: takes a whole number, 0 or more" in record.getMessage()
 
 
 def test_each_link_keeps_its_flags() -> None:

@@ -334,7 +334,7 @@ def test_with_no_exporter_stages_are_still_captured_and_resolved(programs: Progr
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER='zipkin': takes console, "),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL='http/json': takes grpc or "),
         ({"OTEL_BSP_MAX_QUEUE_SIZE": "lots"}, "OTEL_BSP_MAX_QUEUE_SIZE='lots': takes a whole number above 0"),
-        ({"OTEL_SPAN_LINK_COUNT_LIMIT": "lots"}, "OTEL_SPAN_LINK_COUNT_LIMIT must be a non-negative integer"),
+        ({"OTEL_SPAN_LINK_COUNT_LIMIT": "lots"}, "OTEL_SPAN_LINK_COUNT_LIMIT='lots': takes a whole number, 0 or more"),
     ],
 )
 def test_a_bad_variable_is_one_clear_line_and_the_program_runs_on(

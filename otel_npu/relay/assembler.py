@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.attributes import BoundedAttributes
@@ -37,8 +38,14 @@ def span_limits() -> SpanLimits:
     chosen = os.environ.get("OTEL_SPAN_LINK_COUNT_LIMIT", "").strip()
     try:
         return SpanLimits() if chosen else SpanLimits(max_links=_MAX_LINKS)
-    except ValueError as error:
-        _log.error("%s; no limit in the environment is used", error)
+    except ValueError:
+        # In words of our own: some versions of the SDK trip over theirs.
+        bad = [
+            f"{variable}={value!r}"
+            for variable, value in os.environ.items()
+            if re.fullmatch(r"OTEL_\w+_LIMIT", variable) and not re.fullmatch(r"\s*\d*\s*", value)
+        ]
+        _log.error("%s: takes a whole number, 0 or more; no limit in the environment is used", ", ".join(bad))
         default, unset = _DEFAULT_LIMIT, SpanLimits.UNSET
         return SpanLimits(default, default, _MAX_LINKS, default, default, default, unset, unset)
 
