@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -74,7 +76,9 @@ class Destination:
             f"All {spans:,} spans came to this command over OTLP and went nowhere else. To see them in Jaeger:",
         )
         _command(console, _JAEGER)
-        _command(console, f"{_JAEGER_ENDPOINT} otel-npu demo")
+        # As it was called, where it can't be called by its name: `make demo` has it in an environment of its own.
+        program = "otel-npu" if shutil.which("otel-npu") else sys.argv[0]
+        _command(console, f"{_JAEGER_ENDPOINT} {program} demo")
         say(console, f"and open {_JAEGER_PAGE}, service {service!r}.")
 
     def explain_failure(self, console: Console, reason: str) -> None:
