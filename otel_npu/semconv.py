@@ -68,7 +68,8 @@ ATTRIBUTES: Final = (
     Term(
         DROPPED_PREFIX + "<reason>",
         "{drop}",
-        "What was left out since the last step span of this process, by reason; see DROP_REASONS.",
+        "What was left out since the last step span, by reason; see DROP_REASONS. What the relay left out, "
+        "of whichever process, goes with the next step span of any.",
     ),
     Term(STAGE_NAME, "", "The stage that is unfinished."),
     Term(TIMING, "", "device: measured by events on the device; host: by the host's clock."),
@@ -97,6 +98,7 @@ BACKLOG_FULL: Final = "backlog_full"
 TIMES_UNREADABLE: Final = "times_unreadable"
 PING_UNANSWERED: Final = "ping_unanswered"
 BAD_ATTRIBUTE: Final = "bad_attribute"
+TOO_MANY_LINKS: Final = "too_many_links"
 BAD_LINK: Final = "bad_link"
 BAD_FRAME: Final = "bad_frame"
 INTERNAL_ERROR: Final = "internal_error"
@@ -115,6 +117,7 @@ DROP_REASONS: Final = (
     Term(PING_UNANSWERED, "{ping}", "A device did not answer a look at its clock in time, or with an error."),
     Term(BAD_ATTRIBUTE, "{attribute}", "Not a string, number, flag or a list of one of these."),
     Term(BAD_LINK, "{link}", "An entry of `requests` that is neither a traceparent nor a span context."),
+    Term(TOO_MANY_LINKS, "{link}", "More requests than a step can be linked to."),
     Term(BAD_FRAME, "{frame}", "A frame that the relay could not read, or one too large to send."),
     Term(INTERNAL_ERROR, "{error}", "A fault of otel-npu's own; the log has it."),
     Term(RELAY_LOST, "{relay}", "A relay ended early; what it held is lost. Another was started."),

@@ -22,6 +22,7 @@ HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
 LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
 SESSION: Final = "OTEL_NPU_SESSION"
 
+_EXPORTS: Final = ("relay", "inprocess")
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
@@ -57,7 +58,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         _device(DEVICE, self.device)
-        _one_of("relay", "inprocess")(EXPORT, self.export)
+        if self.export not in _EXPORTS:
+            raise _error(EXPORT, self.export, " or ".join(_EXPORTS))
         if not self.steps_per_second >= 0:
             raise _error(STEPS_PER_SECOND, str(self.steps_per_second), _RATE_TAKES)
         if not self.hang_seconds > 0:
@@ -79,7 +81,7 @@ class Settings:
         return cls(
             enabled=enabled,
             device=read(DEVICE, _device, default=cls.device),
-            export=read(EXPORT, _one_of("relay", "inprocess"), default=cls.export),
+            export=read(EXPORT, _one_of(*_EXPORTS), default=cls.export),
             steps_per_second=(
                 0.0 if sampler == "always_off" else read(STEPS_PER_SECOND, _rate, default=cls.steps_per_second)
             ),

@@ -923,3 +923,51 @@ def test_memory_and_events_stay_as_they_are_over_a_million_stages(run_program: C
     grown_kib, pairs = map(int, done.stdout.split())
     assert grown_kib < 4096
     assert pairs <= 1024
+
+
+class TestRaces:
+    def test_a_stage_whose_end_is_being_recorded_is_not_resolved_yet(self, captured: Captured) -> None:
+        """Nor is its bare step, which another stage has closed: the idle thread may come at any moment."""
+        recorder = captured.recorder
+        outer, inner = otel_npu.stage("outer"), otel_npu.stage("inner")
+        outer.__enter__()
+        inner.__enter__()
+        captured.device.launch(MILLISECOND)
+        outer.__exit__(None, None, None)
+        assert isinstance(inner, Stage)
+        assert inner.pair is not None
+        record_end = inner.pair.record_end
+
+        def meanwhile(stream: Any) -> None:
+            captured.clock.ns += SECOND
+            recorder._resolve_for(recorder.local.state)
+            record_end(stream)
+
+        inner.pair.record_end = meanwhile
+        inner.__exit__(None, None, None)
+        durations = {stage.name: stage.duration_ns for stage in captured.step().stages}
+        assert durations["outer"] == MILLISECOND
+        assert durations["inner"] >= SECOND
+
+    def test_a_flush_does_not_wait_longer_than_it_may_for_another(self, captured: Captured) -> None:
+        with captured.recorder._flush_lock:  # as another thread's flush(3600) would hold it
+            assert not otel_npu.flush(0.01)
+
+    def test_a_step_that_outlives_tracing_gives_its_events_back(self) -> None:
+        device = simulated(Clock())
+        for _ in range(3):
+            with capturing(device):
+                step = otel_npu.step("decode").open()
+                with otel_npu.stage("forward"):
+                    pass
+            otel_npu.disable()
+            step.close()
+        pool = device.pools[0]
+        assert pool._made == len(pool.free) == 1
+
+    def test_more_links_than_a_frame_holds_are_cut_and_counted(self, captured: Captured) -> None:
+        traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
+        with otel_npu.step("decode", requests=[traceparent] * 5000):
+            captured.stage("forward")
+        assert len(captured.step().links) == 4096
+        assert captured.dropped() == {"too_many_links": 904}

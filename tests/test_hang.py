@@ -76,7 +76,7 @@ def test_it_is_reported_once(watched: Captured, caplog: pytest.LogCaptureFixture
     wait_until(watched.unfinished)
     state = watched.recorder.local.state
     with state.lock:
-        hang.watch(state, 0, watched.recorder._channel, watched.recorder.drops)
+        hang.watch(state, chosen(hang_seconds=1e-9), watched.recorder._channel, watched.recorder.drops)
     assert len(watched.unfinished()) == len(lines(caplog)) == 1
 
 
@@ -145,7 +145,7 @@ def test_what_is_only_slow_is_not_reported(captured: Captured) -> None:
     state = captured.recorder.local.state
     captured.stage("forward", 1000 * SECOND)
     with state.lock:
-        hang.watch(state, 3600, captured.recorder._channel, captured.recorder.drops)
+        hang.watch(state, chosen(hang_seconds=3600), captured.recorder._channel, captured.recorder.drops)
     captured.finish()
     assert captured.unfinished() == []
 
@@ -155,8 +155,23 @@ def test_never_means_never() -> None:
         captured.stage("forward", 1000 * SECOND)
         state = captured.recorder.local.state
         with state.lock:
+            hang.watch(state, captured.recorder.settings, captured.recorder._channel, captured.recorder.drops)
+        captured.finish()
+        assert captured.unfinished() == []
+
+
+def test_where_no_trace_may_begin_it_is_a_line_and_no_span(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`OTEL_TRACES_SAMPLER=always_off`."""
+    with capturing(root_traces=False, hang_seconds=3600) as captured:
+        captured.stage("forward", 1000 * SECOND)
+        state = captured.recorder.local.state
+        with state.lock:
             hang.watch(
-                state, captured.recorder.settings.hang_seconds, captured.recorder._channel, captured.recorder.drops
+                state, chosen(root_traces=False, hang_seconds=1e-9), captured.recorder._channel, captured.recorder.drops
             )
+        assert len(lines(caplog)) == 1
+        captured.clock.ns += 2000 * SECOND
         captured.finish()
         assert captured.unfinished() == []

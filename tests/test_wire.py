@@ -343,3 +343,12 @@ def test_only_one_at_a_time_makes_or_removes_a_socket(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_an_answer_that_nobody_read_does_not_hide_that_the_relay_has_gone(line: Line) -> None:
+    assert line.peer is not None
+    line.peer.send(frames.encode(frames.Flushed(1, complete=True)))  # too late for the flush that asked
+    assert not line.channel.hung_up()
+    line.close_peer()
+    assert line.channel.hung_up()
+    assert not line.channel.connected

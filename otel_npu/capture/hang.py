@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from otel_npu.capture.stages import Stage
     from otel_npu.capture.steps import Step, ThreadState
     from otel_npu.drops import Drops
+    from otel_npu.settings import Settings
     from otel_npu.wire.channel import Channel
 
 _log = logging.getLogger("otel_npu")
 
 
-def watch(state: ThreadState, hang_seconds: float, channel: Channel, drops: Drops) -> None:
+def watch(state: ThreadState, settings: Settings, channel: Channel, drops: Drops) -> None:
     """Report the thread's oldest step if a stage in it has been unfinished for too long. Hold the state's lock."""
     step = state.pending[0] if state.pending else state.step
     if step is None or step.hang_reported:
         return
     now_ns = perf_counter_ns()
-    if now_ns - step.opened_ns < hang_seconds * 1e9:
+    hang_ns = settings.hang_seconds * 1e9
+    if now_ns - step.opened_ns < hang_ns:
         return
     stage = _unfinished(step)
-    if stage is None or now_ns - stage.entered_ns < hang_seconds * 1e9:
+    if stage is None or now_ns - stage.entered_ns < hang_ns:
         return
     step.hang_reported = True
     _log.error(
@@ -38,25 +40,26 @@ def watch(state: ThreadState, hang_seconds: float, channel: Channel, drops: Drop
         step.kind or "step",
         (now_ns - stage.entered_ns) * 1e-9,
     )
-    if step.ids is None:
+    if step.ids is None and settings.root_traces:
         step.ids = context.new_root()  # a step that hangs is kept, so that the span has somewhere to be
-    channel.send(
-        frames.encode(
-            frames.Unfinished(
-                step.ids.trace_id,
-                step.ids.parent_span_id if step.bare else step.ids.span_id,
-                step.number,
-                step.kind,
-                stage.name,
-                stage.entered_ns,
-                now_ns,
-                stage.stream.device_index,
-            )
-        )
-    )
+    if step.ids is not None:
+        channel.send(frames.encode(_unfinished_frame(step, step.ids, stage, now_ns)))
     if step.closed_ns > 0 and not stage.exited_ns:
         give_up(step, drops)  # its step is over and its exit will never come; do not hold up the others
         step.hang_reported = False  # and there will be no word that it has finished after all
+
+
+def _unfinished_frame(step: Step, ids: context.Ids, stage: Stage, now_ns: int) -> frames.Unfinished:
+    return frames.Unfinished(
+        ids.trace_id,
+        ids.parent_span_id if step.bare else ids.span_id,
+        step.number,
+        step.kind,
+        stage.name,
+        stage.entered_ns,
+        now_ns,
+        stage.stream.device_index,
+    )
 
 
 def _unfinished(step: Step) -> Stage | None:

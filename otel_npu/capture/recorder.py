@@ -36,6 +36,7 @@ EXIT_SECONDS: Final = 2.0
 _STEPS_PER_BOUNDARY: Final = 4
 _STEPS_PER_TICK: Final = 64
 _WATCH_SECONDS: Final = 1.0
+_LONGEST_WAIT: Final = 3600.0
 _PING_BUDGET_NS: Final = 100_000
 
 
@@ -110,6 +111,10 @@ class Recorder:
 
     def step_closed(self, state: ThreadState, step: Step) -> None:
         """A step boundary: the step waits for the device; older ones that it has finished are resolved."""
+        if not self.running:  # closed, or a forked child's parent's: nobody resolves or sends any more
+            give_up(step, self.drops)
+            step.stages = []
+            return
         if len(state.pending) >= MAX_PENDING:
             self.drops.add(semconv.BACKLOG_FULL)
             give_up(step, self.drops)
@@ -168,35 +173,43 @@ class Recorder:
     def flush(self, timeout_seconds: float) -> bool:
         """Resolve and export what was captured so far; whether all of it was, in time."""
         deadline = time.monotonic() + timeout_seconds
-        with self._flush_lock:
-            self._flushing = True
-            try:
-                while not self._resolved_and_sent():
-                    if time.monotonic() >= deadline:
-                        return False
-                    # By the idle thread: to read a device's events the caller would have to change its own device.
-                    self._wake.set()
-                    time.sleep(0.001)
-            finally:
-                self._flushing = False
-            number = next(self._flushes)
-            left_seconds = deadline - time.monotonic()
-            self._channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), 3600.0))))
-            while (left_seconds := deadline - time.monotonic()) > 0:
-                answer = self._channel.receive(left_seconds)
-                if not answer:
-                    return False
-                flushed = frames.decode_flushed(answer)
-                if flushed.number == number:
-                    return flushed.complete
+        # One at a time; another thread's may be allowed to wait much longer than this one.
+        if not self._flush_lock.acquire(timeout=min(max(0.0, timeout_seconds), _LONGEST_WAIT)):
             return False
+        try:
+            return self._flush_until(deadline)
+        finally:
+            self._flush_lock.release()
+
+    def _flush_until(self, deadline: float) -> bool:
+        self._flushing = True
+        try:
+            while not self._resolved_and_sent():
+                if time.monotonic() >= deadline:
+                    return False
+                # By the idle thread: to read a device's events the caller would have to change its own device.
+                self._wake.set()
+                time.sleep(0.001)
+        finally:
+            self._flushing = False
+        number = next(self._flushes)
+        left_seconds = deadline - time.monotonic()
+        self._channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), _LONGEST_WAIT))))
+        while (left_seconds := deadline - time.monotonic()) > 0:
+            answer = self._channel.receive(left_seconds)
+            if not answer:
+                return False
+            flushed = frames.decode_flushed(answer)
+            if flushed.number == number:
+                return flushed.complete
+        return False
 
     def close(self, timeout_seconds: float = EXIT_SECONDS) -> None:
         """Flush, then let the relay go. Waits at most this long."""
         deadline = time.monotonic() + timeout_seconds
-        self.running = False
         if not self._link.failing:
             self.flush(timeout_seconds)
+        self.running = False
         self._log_drops()
         self._stop.set()
         self._wake.set()
@@ -205,11 +218,14 @@ class Recorder:
         with self._lock:
             states = list(self._states)
         for state in states:  # what the device has not finished by now; the next recorder needs the events
-            while state.pending:
-                give_up(state.pending.popleft(), self.drops)
+            with state.lock:
+                while state.pending:
+                    give_up(state.pending.popleft(), self.drops)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's connection, without a word and without its locks."""
+        self.running = False
+        self.drops = Drops()
         self._channel.abandon()
 
     # The idle thread.
@@ -244,12 +260,18 @@ class Recorder:
     def _resolve_for(self, state: ThreadState) -> None:
         if state.lock.acquire(blocking=False):
             try:
-                adopted = _pool_of(state.pending[0]) if state.pending else None
-                if adopted is not None:
-                    adopted.device.adopt_thread(adopted.device_index)
+                self._adopt_thread_for(state)
                 self._resolver.resolve(state, _STEPS_PER_TICK)
             finally:
                 state.lock.release()
+
+    def _adopt_thread_for(self, state: ThreadState) -> None:
+        """Make the idle thread fit for the events of the step that is next to be resolved."""
+        step = state.pending[0] if state.pending else state.step
+        for stage in step.stages if step is not None else ():
+            if stage.pair is not None:
+                stage.pair.pool.device.adopt_thread(stage.pair.pool.device_index)
+                return
 
     def _resolved_and_sent(self) -> bool:
         with self._lock:
@@ -268,7 +290,10 @@ class Recorder:
                 self._idle_since.pop(state, None)
             elif state.lock.acquire(blocking=False):
                 try:
-                    hang.watch(state, self.settings.hang_seconds, self._channel, self.drops)
+                    self._adopt_thread_for(state)
+                    hang.watch(state, self.settings, self._channel, self.drops)
+                except Exception:
+                    self.own_fault()
                 finally:
                     state.lock.release()
         if time.monotonic() >= self._next_drop_line:
@@ -328,10 +353,6 @@ class Recorder:
 def _utf8(text: str) -> str:
     """Text of the environment, which may be any bytes, as text that can be sent."""
     return os.fsencode(text).decode(errors="replace")
-
-
-def _pool_of(step: Step) -> Pool | None:
-    return next((stage.pair.pool for stage in step.stages if stage.pair is not None), None)
 
 
 def _resolved(state: ThreadState) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 MAX_TEXT: Final = 4096
+MAX_LINKS: Final = 4096  # of one step: its frame has to fit into a packet
 _INT64: Final = 1 << 63
 
 
@@ -166,7 +167,10 @@ class Resolver:
         )
 
     def _links(self, step: Step) -> list[bytes]:
-        links = [context.link(request) for request in step.requests]
+        over = len(step.requests) - MAX_LINKS
+        if over > 0:
+            self._drops.add(semconv.TOO_MANY_LINKS, over)
+        links = [context.link(request) for request in step.requests[:MAX_LINKS]]
         good = [link for link in links if link is not None]
         if len(good) < len(links):
             self._drops.add(semconv.BAD_LINK, len(links) - len(good))

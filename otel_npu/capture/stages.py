@@ -109,17 +109,19 @@ class Stage:
         step = self.step
         if step is None:
             return
-        self.exited_ns = perf_counter_ns()
+        exited_ns = perf_counter_ns()
         self.error = kind
         pair = self.pair
         if pair is not None:
             try:
                 pair.record_end(self.stream)
             except BaseException:
+                self.exited_ns = exited_ns
                 self._end_failed(step)
                 raise
             step.last = self
-        if step.bare and step.stages[0] is self:
+        self.exited_ns = exited_ns  # last: from here on the idle thread may find the stage done
+        if step.bare and step.stages and step.stages[0] is self:
             step.close()
 
     def __call__(self, function: _F) -> _F:
@@ -202,7 +204,7 @@ class Stage:
         self.pair = None
         step.recorder.drops.add(semconv.TIMES_UNREADABLE)
         step.recorder.stop_for_the_models_error()
-        if step.bare and step.stages[0] is self:
+        if step.bare and step.stages and step.stages[0] is self:
             step.close()
 
 

@@ -87,6 +87,7 @@ class Npu:
         pinger = self._pingers.get(device_index)
         if pinger is None:
             pinger = self._pingers[device_index] = _Pinger()
+        pinger.prepare()
         return ping(pinger.record, pinger.done, pinger.read, budget_ns)
 
     def captured(self, stream_key: Any) -> bool:
@@ -156,8 +157,13 @@ class _Pinger:
         self._acl = ctypes.CDLL("libascendcl.so")  # gives the GIL away: a record may take its time
         self._stream = ctypes.c_void_p()
         self._event = ctypes.c_void_p()
-        self._call("aclrtCreateStream", ctypes.byref(self._stream))
-        self._call("aclrtCreateEventExWithFlag", ctypes.byref(self._event), ctypes.c_uint32(_EVENT_WITH_TIME))
+
+    def prepare(self) -> None:
+        """Make what is not there yet; once made it is kept, also when the other can't be made."""
+        if not self._stream:
+            self._call("aclrtCreateStream", ctypes.byref(self._stream))
+        if not self._event:
+            self._call("aclrtCreateEventExWithFlag", ctypes.byref(self._event), ctypes.c_uint32(_EVENT_WITH_TIME))
 
     def record(self) -> None:
         self._call("aclrtRecordEvent", self._event, self._stream)

@@ -25,44 +25,32 @@ first and the last device time. (A plain tuple, because one is made for each sta
 
 
 class _Line(NamedTuple):
-    """Host time minus device time across a step, and how far it may be off, each a line between the step's two ends.
+    """Host time minus device time across a step: a line between the step's two ends, and how far it may be off.
 
-    What is possible at a device time is convex (see `relay.clock`), so in between it is never more than this says.
+    What is possible at a device time is convex (see `relay.clock`), so in between it is never more than at one end.
     """
 
     first_ns: int
     shift_ns: int
-    shift_rate: float
+    rate: float
     uncertainty_ns: int
-    uncertainty_rate: float
 
     @classmethod
     def through(cls, first_ns: int, first: Placement, last_ns: int, last: Placement) -> _Line:
         """The line through the placements of two device times."""
         shift_ns, length_ns = first.host_ns - first_ns, max(1, last_ns - first_ns)
-        return cls(
-            first_ns,
-            shift_ns,
-            (last.host_ns - last_ns - shift_ns) / length_ns,
-            first.uncertainty_ns,
-            (last.uncertainty_ns - first.uncertainty_ns) / length_ns,
-        )
+        rate = (last.host_ns - last_ns - shift_ns) / length_ns
+        return cls(first_ns, shift_ns, rate, max(first.uncertainty_ns, last.uncertainty_ns))
 
     def place(self, group: _Group, least: int) -> tuple[int, int]:
         """The shift in the group's middle, within its bounds and not below `least`, and how far off it may be in it."""
         earliest, latest, first_ns, last_ns = group
-        rate, from_ns = self.shift_rate, self.first_ns
-        middle_ns = (first_ns + last_ns) // 2
+        wanted = self.shift_ns + round(self.rate * ((first_ns + last_ns) / 2 - self.first_ns))
         # Where the bounds leave nothing, the enqueueing is the one that is certain.
-        shift_ns = max(min(self.shift_ns + round(rate * (middle_ns - from_ns)), latest), earliest, least)
+        shift_ns = max(min(wanted, latest), earliest, least)
         # The two clocks' rates differ, so one shift can't be right at both ends.
-        before_ns, after_ns = first_ns - from_ns, last_ns - from_ns
-        off_ns = shift_ns - self.shift_ns
-        uncertainty_ns = self.uncertainty_ns + max(
-            abs(off_ns - rate * before_ns) + self.uncertainty_rate * before_ns,
-            abs(off_ns - rate * after_ns) + self.uncertainty_rate * after_ns,
-        )
-        return shift_ns, int(uncertainty_ns) + 1
+        bend_ns = abs(self.rate) * (last_ns - first_ns) / 2
+        return shift_ns, self.uncertainty_ns + abs(shift_ns - wanted) + int(bend_ns) + 1
 
 
 class Timeline:

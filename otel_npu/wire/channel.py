@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from otel_npu.drops import Drops
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
+_FRAMES_PER_LOCK: Final = 16
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
 _NOTHING: Final[dict[str, int]] = {}
 
@@ -82,22 +83,30 @@ class Channel:
 
     def drain(self) -> None:
         """Send what waits, as far as the socket takes it."""
+        while self._drain_some():
+            pass
+
+    def _drain_some(self) -> bool:
+        """A few at a time: the model's thread may want the lock; whether there is more to try."""
         with self._lock:
-            while self._backlog and self._transmit(self._backlog[0][0]):
+            for _ in range(_FRAMES_PER_LOCK):
+                if not self._backlog or not self._transmit(self._backlog[0][0]):
+                    return False
                 self._backlog_bytes -= len(self._backlog.popleft()[0])
+        return True
 
     def hung_up(self) -> bool:
         """Whether the relay has closed the connection; then there is no connection any more."""
         connection = self._socket
         if connection is None:
             return False
+        # Not by reading: an answer that came too late for its flush may lie there, and hide the end behind it.
+        poll = select.poll()
         try:
-            # Answers to flush are read by whoever flushes, so only look.
-            gone = connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
-        except BlockingIOError:
+            poll.register(connection, select.POLLRDHUP)
+            gone = bool(poll.poll(0))
+        except (OSError, ValueError):  # closed meanwhile
             return False
-        except OSError:
-            gone = True
         if gone:
             self.close()
         return gone
