@@ -72,6 +72,8 @@ class Recorder:
         self._flushes = itertools.count(1)
         self._flush_lock = threading.Lock()
         self._flushing = False
+        self._pinged = 0
+        """How many devices have been pinged."""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._idle_since: dict[ThreadState, int] = {}
@@ -142,6 +144,7 @@ class Recorder:
         if device is None:
             return
         self.device = device
+        self._pinged = 0
         self.device_is_open_question = False
         self._channel.greet_again()
         with self._lock:
@@ -241,6 +244,8 @@ class Recorder:
                     next_watch = time.monotonic() + _WATCH_SECONDS
                     self._watch()
                     self._ping()
+                elif len(self.device.pools) > self._pinged:
+                    self._ping()  # a device just taken into use: its clock is wanted for the first steps already
             except Exception:
                 self.own_fault()
             self._wake.wait(IDLE_SECONDS)
@@ -315,6 +320,7 @@ class Recorder:
             state.stream_key is not None and self.device.captured(state.stream_key) for state in states
         ):
             return
+        self._pinged = len(pools)
         for pool in pools:
             if pool.device.host_clock:
                 continue
