@@ -21,12 +21,7 @@ def serve(listener: socket.socket, path: Path, *, stay: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server.from_environment(listener, stay=stay)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
-    server.run(leave=lambda: _leave(path))
-
-
-def _leave(path: Path) -> None:
-    with rendezvous.session_lock(path):
-        path.unlink(missing_ok=True)
+    server.run(leave=lambda: rendezvous.withdraw(path))
 
 
 def main() -> int:

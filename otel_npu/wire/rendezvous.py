@@ -123,6 +123,12 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
+def withdraw(path: Path) -> None:
+    """Take the socket's name away: from now on whoever needs a relay starts another."""
+    with session_lock(path):
+        path.unlink(missing_ok=True)
+
+
 def connect_or_start(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
     """A connection to the session's relay, and the relay's process if it was started here.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import signal
 import threading
 from dataclasses import replace
@@ -22,7 +21,7 @@ from otel_npu.cli.demo.receiver import Receiver
 from otel_npu.cli.demo.relay import DemoRelay
 from otel_npu.cli.demo.steps import slowest, traced_steps, typical
 from otel_npu.devices.simulated import SimulatedNpu
-from otel_npu.settings import Settings, SettingsError
+from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
     from otel_npu.cli.demo.steps import TracedStep
@@ -102,7 +101,7 @@ def run_forever(seed: int) -> int:
 
 def _disabled(console: Console) -> bool:
     """`OTEL_SDK_DISABLED` means that nothing is captured, in a demo too."""
-    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    disabled = sdk_disabled()
     if disabled:
         say(console, "OTEL_SDK_DISABLED=true: nothing may be traced, so there is nothing to show.", "red")
     return disabled

@@ -69,7 +69,7 @@ class DemoRelay:
                 self._process.wait(_DRAIN_SECONDS)
             except subprocess.TimeoutExpired:
                 self.kill()
-        _leave(self._path)  # if it has not done so: it may have been killed, or never have run
+        rendezvous.withdraw(self._path)  # if it has not done so: it may have been killed, or never have run
 
     def kill(self) -> None:
         """End it now: what it holds, nobody takes."""
@@ -111,13 +111,8 @@ def main() -> int:
         return 1
     server = Server([picture, *standard], socket.socket(fileno=arguments.listener))
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
-    server.run(leave=lambda: _leave(arguments.socket))
+    server.run(leave=lambda: rendezvous.withdraw(arguments.socket))
     return 0
-
-
-def _leave(path: Path) -> None:
-    with rendezvous.session_lock(path):
-        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
