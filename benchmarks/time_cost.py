@@ -19,7 +19,8 @@ import statistics
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from otel_npu.relay.assembler import Assembler, span_limits
+from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames
 
@@ -73,7 +74,9 @@ def steps(count: int) -> list[frames.Step]:
         ids = number.to_bytes(16, "big"), number.to_bytes(8, "big"), b""
         closed_ns = stages[-1].exited_ns
         made.append(
-            frames.Step(*ids, False, number, "decode", enqueued_ns, closed_ns, seen_ns, None, None, [], {}, stages)
+            frames.Step(
+                *ids, False, -1, False, number, "decode", enqueued_ns, closed_ns, seen_ns, None, None, [], {}, stages
+            )
         )
         host_ns += _STEP_NS
     return made

@@ -20,10 +20,17 @@ class Term(NamedTuple):
 
 
 # Spans. A stage span has the stage's own name.
+ENGINE_STEP: Final = "engine_step"
 WORKER_STEP: Final = "worker_step"
+QUEUE: Final = "queue"
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+SLOWEST_STEP: Final = "slowest_step"
 UNFINISHED_STAGE: Final = "unfinished_stage"
+DOCTOR_TEST: Final = "doctor_test"
 
 SPANS: Final = (
+    Term(ENGINE_STEP, "", "One step of an engine, host-timed: from its scheduling to the taking in of its output."),
     Term(WORKER_STEP, "", "One step of one rank: from its first stage on the device to its last."),
     Term("<stage name>", "", "One stage: the time on the stream between its two events, waits included."),
     Term(
@@ -31,16 +38,35 @@ SPANS: Final = (
         "",
         "A stage that did not finish within OTEL_NPU_HANG_SECONDS; host-timed, sent while it still hangs.",
     ),
+    Term(QUEUE, "", "A request's wait: from its arrival to the first scheduling of it. Host-timed."),
+    Term(PREFILL, "", "The steps that computed a request's prompt, from the first's start to the last's end."),
+    Term(DECODE, "", "A request's further steps, from the first's start to the last's end."),
+    Term(SLOWEST_STEP, "", "The longest of a request's decode steps."),
+    Term(DOCTOR_TEST, "", "What `otel-npu doctor` sends to see whether spans are taken."),
 )
+
+# Events on the spans of a request.
+PREEMPTED: Final = "preempted"
+
+EVENTS: Final = (Term(PREEMPTED, "", "The request was put back into the queue to make room for others."),)
 
 # Attributes of a step.
 STEP_NUMBER: Final = "npu.step.number"
 STEP_KIND: Final = "npu.step.kind"
 STEP_STAGES: Final = "npu.step.stages"
+STEP_REQUESTS: Final = "npu.step.requests"
+STEP_TOKENS: Final = "npu.step.tokens"
+STEP_RANKS: Final = "npu.step.ranks"
+RANK: Final = "npu.rank"
 DROPPED_PREFIX: Final = "npu.dropped."
+TP_RANK: Final = "npu.tp.rank"
+PP_RANK: Final = "npu.pp.rank"
+DP_RANK: Final = "npu.dp.rank"
+GRAPH_MODE: Final = "npu.graph.mode"
 
 # Attributes of a stage.
 STAGE_NAME: Final = "npu.stage.name"
+RAW_NAME: Final = "npu.stage.raw_name"
 TIMING: Final = "npu.timing"
 DEVICE_INDEX: Final = "npu.device.index"
 STREAM_ID: Final = "npu.stream.id"
@@ -50,8 +76,36 @@ CLOCK_UNCERTAINTY: Final = "npu.clock.uncertainty"
 UNFINISHED_FOR: Final = "npu.unfinished.duration"
 ERROR_TYPE: Final = "error.type"
 
+# Attributes of the `llm_request` that is made for an aborted request: vLLM's own names.
+REQUEST_ID: Final = "gen_ai.request.id"
+FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+PROMPT_TOKENS: Final = "gen_ai.usage.prompt_tokens"
+COMPLETION_TOKENS: Final = "gen_ai.usage.completion_tokens"
+LATENCY: Final = "gen_ai.latency.e2e"
+
+# Attributes of the host's NPUs, which the resource detector adds to a program's own resource.
+HW_ID: Final = "hw.id"
+HW_TYPE: Final = "hw.type"
+HW_NAME: Final = "hw.name"
+HW_DRIVER_VERSION: Final = "hw.driver_version"
+CANN_VERSION: Final = "npu.cann.version"
+
+HW_TYPE_NPU: Final = "npu"
+
 TIMING_DEVICE: Final = "device"
 TIMING_HOST: Final = "host"
+
+# Attributes of a request's spans, beside REQUEST_ID.
+REQUEST_STEPS: Final = "npu.request.steps"
+REQUEST_DEVICE_TIME: Final = "npu.request.device_time"
+REQUEST_STAGE_DEVICE_TIME: Final = "npu.request.stage.<name>.device_time"
+REQUEST_ATTRIBUTED_DEVICE_TIME: Final = "npu.request.attributed_device_time"
+REQUEST_WAIT: Final = "npu.request.wait"
+REQUEST_SURPLUS_STEPS: Final = "npu.request.surplus_steps"
+REQUEST_SURPLUS_DEVICE_TIME: Final = "npu.request.surplus_device_time"
+REQUEST_UNTIMED_STEPS: Final = "npu.request.untimed_steps"
+REQUEST_UNLISTED_STEPS: Final = "npu.request.unlisted_steps"
+REQUEST_FINISH_REASON: Final = "npu.request.finish_reason"
 
 # Attributes of the resource: one for each traced process.
 SERVICE_NAME: Final = "service.name"
@@ -65,13 +119,26 @@ ATTRIBUTES: Final = (
     Term(STEP_NUMBER, "{step}", "Counts the steps of one process, from 1."),
     Term(STEP_KIND, "", "What the step did, such as prefill, decode, mixed or dummy."),
     Term(STEP_STAGES, "{stage}", "How many stages the step recorded."),
+    Term(STEP_REQUESTS, "{request}", "How many requests the step served, sampled or not."),
+    Term(STEP_TOKENS, "{token}", "How many tokens were scheduled for the step, of all its requests."),
+    Term(STEP_RANKS, "{rank}", "How many ranks the engine gave the step to."),
+    Term(
+        RANK,
+        "",
+        "The worker's rank in its engine. On a request's spans the one whose times they are: it returns the output.",
+    ),
     Term(
         DROPPED_PREFIX + "<reason>",
         "{drop}",
         "What was left out since the last step span, by reason; see DROP_REASONS. What the relay left out, "
         "of whichever process, goes with the next step span of any.",
     ),
+    Term(TP_RANK, "", "The worker's tensor-parallel rank."),
+    Term(PP_RANK, "", "The worker's pipeline-parallel rank: its stage of the pipeline."),
+    Term(DP_RANK, "", "The engine's data-parallel rank."),
+    Term(GRAPH_MODE, "", "How the step's forward ran: none (eager), piecewise or full; where it is known."),
     Term(STAGE_NAME, "", "The stage that is unfinished."),
+    Term(RAW_NAME, "", "What the engine itself calls the stage, where that is another name."),
     Term(TIMING, "", "device: measured by events on the device; host: by the host's clock."),
     Term(DEVICE_INDEX, "", "The device's index in its process."),
     Term(STREAM_ID, "", "The stream of the stage, as the framework numbers it; 0 is the default stream."),
@@ -80,12 +147,50 @@ ATTRIBUTES: Final = (
     Term(CLOCK_UNCERTAINTY, "s", "The span's place on the wall clock is known to plus or minus this."),
     Term(UNFINISHED_FOR, "s", "For how long the stage had been unfinished."),
     Term(ERROR_TYPE, "", "Type of the exception that left the stage or step."),
+    Term(REQUEST_ID, "", "The request, as vLLM's own span of it names it."),
+    Term(FINISH_REASONS, "", "Why the request ended; `abort` when its client went away."),
+    Term(PROMPT_TOKENS, "{token}", "Length of the prompt."),
+    Term(COMPLETION_TOKENS, "{token}", "How many tokens were generated."),
+    Term(LATENCY, "s", "From the request's arrival to its end."),
+    Term(REQUEST_STEPS, "{step}", "How many steps the phase took."),
+    Term(
+        REQUEST_DEVICE_TIME,
+        "s",
+        "How long the phase's steps took on the device, other requests in the same batches included: "
+        "the sum of their outermost stages. Where the device timed no stage of a step, by the host's clock.",
+    ),
+    Term(REQUEST_STAGE_DEVICE_TIME, "s", "The part of it that was in this outermost stage."),
+    Term(
+        REQUEST_ATTRIBUTED_DEVICE_TIME,
+        "s",
+        "The request's share of it, by scheduled tokens; on its last phase with the share of the surplus steps, "
+        "so that over all requests of a step the shares add up to the step.",
+    ),
+    Term(REQUEST_WAIT, "s", "The gaps between the phase's steps, in which the request was not computed."),
+    Term(
+        REQUEST_SURPLUS_STEPS,
+        "{step}",
+        "Steps that were scheduled for the request before the engine knew that it was over; in no phase. On the last.",
+    ),
+    Term(REQUEST_SURPLUS_DEVICE_TIME, "s", "How long the surplus steps took on the device."),
+    Term(REQUEST_UNTIMED_STEPS, "{step}", "Steps of the request whose times did not come; in no phase. On the last."),
+    Term(
+        REQUEST_UNLISTED_STEPS,
+        "{step}",
+        "Steps of the prefill that are counted in it but whose stages are not below it, because there were too many.",
+    ),
+    Term(REQUEST_FINISH_REASON, "", "Why the request ended, as the front end says: stop, length, abort and so on."),
     Term(SERVICE_NAME, "", "As the traced process's own OpenTelemetry SDK would compute it."),
     Term(SERVICE_INSTANCE_ID, "", "Unique to each traced process."),
     Term(PROCESS_PID, "", "The traced process."),
     Term(HOST_NAME, "", "The host of the traced process."),
     Term(DEVICE_TYPE, "", "The kind of device whose clock timed the stages, such as npu, cpu or simulated."),
     Term(DEVICE_NAME, "", "The device's model, such as Ascend910B3."),
+    Term(HW_ID, "", "The host's NPUs by their device nodes, separated by commas: davinci0,davinci1. Detector only."),
+    Term(HW_TYPE, "", "npu: what the hardware named by hw.id is. Detector only."),
+    Term(HW_NAME, "", "The NPUs' model, such as Ascend910B, if they are of one. Detector only."),
+    Term(HW_DRIVER_VERSION, "", "The version of the NPUs' driver. Detector only."),
+    Term(CANN_VERSION, "", "The version of CANN on the host. Detector only."),
 )
 
 # Why something was left out. The first group is counted in the traced process, the second in the relay.
@@ -103,6 +208,8 @@ BAD_LINK: Final = "bad_link"
 BAD_FRAME: Final = "bad_frame"
 INTERNAL_ERROR: Final = "internal_error"
 RELAY_LOST: Final = "relay_lost"
+REQUEST_UNFINISHED: Final = "request_unfinished"
+TOO_MANY_REQUESTS: Final = "too_many_requests"
 QUEUE_FULL: Final = "queue_full"
 EXPORT_FAILED: Final = "export_failed"
 
@@ -121,6 +228,8 @@ DROP_REASONS: Final = (
     Term(BAD_FRAME, "{frame}", "A frame that the relay could not read, or one too large to send."),
     Term(INTERNAL_ERROR, "{error}", "A fault of otel-npu's own; the log has it."),
     Term(RELAY_LOST, "{relay}", "A relay ended early; what it held is lost. Another was started."),
+    Term(REQUEST_UNFINISHED, "{request}", "The engine went away before the request's end was known: no spans of it."),
+    Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the oldest."),
     Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full."),
     Term(EXPORT_FAILED, "{span}", "The receiver refused the spans or could not be reached."),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ ENABLED: Final = "OTEL_NPU_ENABLED"
 ENABLED_ALIAS: Final = "VLLM_ASCEND_MODEL_EXECUTE_TIME_OBSERVE"
 DEVICE: Final = "OTEL_NPU_DEVICE"
 EXPORT: Final = "OTEL_NPU_EXPORT"
+REQUEST_SPANS: Final = "OTEL_NPU_REQUEST_SPANS"
 STEPS_PER_SECOND: Final = "OTEL_NPU_STEPS_PER_SECOND"
 HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
 LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
 SESSION: Final = "OTEL_NPU_SESSION"
 
 _EXPORTS: Final = ("relay", "inprocess")
+_REQUEST_SPANS: Final = ("summary", "off")
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
@@ -39,10 +41,12 @@ class Settings:
         enabled: Whether anything is captured.
         device: `auto`, `npu`, `cpu`, `simulated` or a torch device type such as `cuda`.
         export: `relay` (a process of its own) or `inprocess` (a thread of this one).
+        request_spans: `summary` (each sampled request's queue, prefill and decode) or `off`.
         steps_per_second: Step traces kept each second, of each kind of step; `math.inf` keeps every one.
         hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
         log_stages: Whether each resolved step is logged as one line.
         root_traces: Whether steps outside of any sampled trace may begin traces of their own.
+        environment: Standard `OTEL_*` variables for the exporter, in the place of this process's own.
 
     Raises:
         SettingsError: A value is not one that the field takes.
@@ -51,15 +55,19 @@ class Settings:
     enabled: bool = True
     device: str = "auto"
     export: str = "relay"
+    request_spans: str = "summary"
     steps_per_second: float = 2.0
     hang_seconds: float = 30.0
     log_stages: bool = False
     root_traces: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _device(DEVICE, self.device)
         if self.export not in _EXPORTS:
             raise _error(EXPORT, self.export, " or ".join(_EXPORTS))
+        if self.request_spans not in _REQUEST_SPANS:
+            raise _error(REQUEST_SPANS, self.request_spans, " or ".join(_REQUEST_SPANS))
         if not self.steps_per_second >= 0:
             raise _error(STEPS_PER_SECOND, str(self.steps_per_second), _RATE_TAKES)
         if not self.hang_seconds > 0:
@@ -82,6 +90,7 @@ class Settings:
             enabled=enabled,
             device=read(DEVICE, _device, default=cls.device),
             export=read(EXPORT, _one_of(*_EXPORTS), default=cls.export),
+            request_spans=read(REQUEST_SPANS, _one_of(*_REQUEST_SPANS), default=cls.request_spans),
             steps_per_second=(
                 0.0 if sampler == "always_off" else read(STEPS_PER_SECOND, _rate, default=cls.steps_per_second)
             ),

@@ -47,6 +47,8 @@ def step(number: int = 1, /, **changes: Any) -> frames.Step:
         "span_id": b"s" * 8,
         "parent_span_id": b"",
         "bare": False,
+        "rank": -1,
+        "returns_output": False,
         "number": number,
         "kind": "decode",
         "opened_ns": 900,
@@ -75,3 +77,61 @@ def unfinished(**changes: Any) -> frames.Unfinished:
         **changes,
     }
     return frames.Unfinished(**fields)
+
+
+def request(number: int = 1, /, **changes: Any) -> frames.Request:
+    fields: dict[str, Any] = {
+        "key": number.to_bytes(8, "big"),
+        "number": number,
+        "trace_id": b"r" * 16,
+        "parent_span_id": number.to_bytes(8, "big"),
+        "request_id": f"cmpl-{number}",
+        "arrived_unix_ns": 1_700_000_000_000_000_000,
+        **changes,
+    }
+    return frames.Request(**fields)
+
+
+def scheduled(number: int = 1, /, **changes: Any) -> frames.Scheduled:
+    fields: dict[str, Any] = {
+        "trace_id": b"t" * 16,
+        "span_id": number.to_bytes(8, "big"),
+        "number": number,
+        "kind": "decode",
+        "opened_ns": 500,
+        "scheduled_ns": 600,
+        "ranks": 1,
+        "total_tokens": 1,
+        "total_requests": 1,
+        "requests": [],
+        "tokens": [],
+        "prefills": [],
+        "preempted": [],
+        "ended": [],
+        "dropped": {},
+        **changes,
+    }
+    return frames.Scheduled(**fields)
+
+
+def updated(number: int = 1, /, **changes: Any) -> frames.Updated:
+    fields: dict[str, Any] = {
+        "span_id": number.to_bytes(8, "big"),
+        "closed_ns": 9000,
+        "requests": [],
+        "new_tokens": [],
+        "finished": [],
+        **changes,
+    }
+    return frames.Updated(**fields)
+
+
+def request_end(number: int = 1, /, **changes: Any) -> frames.RequestEnd:
+    fields: dict[str, Any] = {
+        "key": number.to_bytes(8, "big"),
+        "ended_unix_ns": 1_700_000_001_000_000_000,
+        "output_tokens": 1,
+        "reason": "stop",
+        **changes,
+    }
+    return frames.RequestEnd(**fields)

@@ -15,7 +15,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from otel_npu import semconv
 from otel_npu._version import __version__
 from otel_npu.capture import context
-from otel_npu.relay.assembler import Assembler, span_limits
+from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames
 from tests.built import hello, stage, step, unfinished

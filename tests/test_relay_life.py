@@ -169,7 +169,7 @@ os.chdir(os.path.dirname(sys.argv[1]))
 os.setuid(int(sys.argv[2]))
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect(os.path.basename(sys.argv[1]))
-step = frames.Step(b"1" * 16, b"1" * 8, b"", False, 666, "evil", 1, 2, 3, None, None, [], {}, [])
+step = frames.Step(b"1" * 16, b"1" * 8, b"", False, -1, False, 666, "evil", 1, 2, 3, None, None, [], {}, [])
 hello = frames.Hello(frames.PROTOCOL, 1, "host", "id", "python", "", "", "cpu", "", 1)
 try:
     for frame in (hello, step):

@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from otel_npu import semconv
 from otel_npu.relay.server import Server
 from otel_npu.wire import frames
-from tests.built import hello, stage, step, unfinished
-from tests.traced import PATIENCE_SECONDS
+from tests.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
+from tests.traced import PATIENCE_SECONDS, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +168,13 @@ BAD_FRAMES: dict[str, bytes | msgspec.Struct] = {
     "a hang without a trace": unfinished(trace_id=b""),
     "a hang in the future": unfinished(now_ns=1),
     "a ping from the future": frames.Ping(0, 5000, 2000, 1000),
+    "a request without a parent": request(7, parent_span_id=b""),
+    "a request without a key": request(7, key=bytes(8)),
+    "a step that nobody can name": scheduled(7, span_id=b""),
+    "more requests than tokens": scheduled(7, requests=[1], tokens=[], prefills=[]),
+    "more tokens than there are": scheduled(7, requests=[1], tokens=[2], prefills=[True]),
+    "an output without its tokens": updated(7, requests=[1]),
+    "an end of nothing": request_end(7, key=b""),
     "a flush in the past": frames.Flush(1, -1.0),
     "a flush that is not a number": frames.Flush(1, math.nan),
     "a flush without end": frames.Flush(1, math.inf),
@@ -203,7 +210,7 @@ def test_the_line_says_what_is_wrong(relay: Relay, client: Client, caplog: pytes
         client.send(bad)
     assert client.flush()
     lines = [record.getMessage().split("left out: ")[1] for record in caplog.records]
-    assert lines[0] == "protocol 99, this relay has 1"
+    assert lines[0] == f"protocol 99, this relay has {frames.PROTOCOL}"
     assert lines[1] == "a link of 24 bytes, not 25"
     assert "Expected `int`, got `str`" in lines[2]
 
@@ -278,6 +285,70 @@ def test_a_stage_that_hangs_is_a_span_at_once(relay: Relay, client: Client) -> N
     [span] = relay.exporter.spans
     assert span.name == semconv.UNFINISHED_STAGE
     assert (span.attributes or {})[semconv.UNFINISHED_FOR] == pytest.approx(30.0)
+
+
+# Engines, their workers and a front end
+
+
+def serve_a_request(engine: Client, worker: Client, front_end: Client) -> None:
+    engine.send(request(1))
+    engine.send(scheduled(1, requests=[1], tokens=[1], prefills=[True]))
+    engine.send(updated(1, requests=[1], new_tokens=[1], finished=[1]))
+    worker.send(step(1, parent_span_id=(1).to_bytes(8, "big"), rank=0, returns_output=True))
+    front_end.send(request_end(1))
+
+
+def test_what_processes_say_of_a_request_is_joined(relay: Relay) -> None:
+    engine, worker, front_end = (relay.client().greet() for _ in range(3))
+    serve_a_request(engine, worker, front_end)
+    relay.run()
+    assert engine.flush()
+    names = {span.name: span for span in relay.exporter.spans}
+    assert set(names) == {"worker_step", "forward", "engine_step", "queue", "prefill"}
+    assert names["prefill"].resource.attributes["process.pid"] == engine.pid
+    assert names["worker_step"].resource.attributes["process.pid"] == worker.pid
+
+
+def test_a_flush_reads_what_other_processes_had_sent_before_it(relay: Relay) -> None:
+    engine, worker, front_end = (relay.client().greet() for _ in range(3))
+    serve_a_request(engine, worker, front_end)
+    engine.ask_to_flush()
+    relay.run()  # from here on: the engine is the first that it reads
+    assert engine.flushed().complete
+    [prefill] = [span for span in relay.exporter.spans if span.name == "prefill"]
+    assert (prefill.attributes or {})["npu.request.finish_reason"] == "stop"
+
+
+def test_what_waits_is_sent_although_nothing_more_comes(relay: Relay) -> None:
+    engine = relay.client().greet()
+    relay.run()
+    engine.send(request(1))
+    engine.send(scheduled(1, ranks=2, requests=[1], tokens=[1], prefills=[True]))
+    engine.send(updated(1, requests=[1], new_tokens=[1], finished=[1]))
+    assert eventually(lambda: {"engine_step", "queue"} <= {span.name for span in relay.exporter.spans}, "both are sent")
+
+
+def test_stopping_sends_the_spans_of_what_is_over(relay: Relay) -> None:
+    engine = relay.client().greet()
+    engine.send(request(1))
+    engine.send(scheduled(1, ranks=2, requests=[1], tokens=[1], prefills=[True]))
+    engine.send(updated(1, requests=[1], new_tokens=[1], finished=[1]))
+    relay.server.stop()
+    relay.run()
+    relay.end()
+    assert {span.name for span in relay.exporter.spans} == {"engine_step", "queue"}
+
+
+def test_an_engine_that_goes_away_takes_its_unfinished_requests_along(
+    relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = relay.client().greet()
+    engine.send(request(1))
+    engine.connection.close()
+    relay.run()
+    relay.end()
+    assert relay.exporter.spans == []
+    assert "1 request_unfinished" in caplog.text
 
 
 # Flushes

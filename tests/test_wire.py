@@ -19,7 +19,7 @@ from otel_npu.settings import SESSION
 from otel_npu.wire import channel as channel_module
 from otel_npu.wire import frames, rendezvous
 from otel_npu.wire.channel import Channel
-from tests.built import hello, stage, step, unfinished
+from tests.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,12 +45,41 @@ if TYPE_CHECKING:
         ),
         unfinished(),
         frames.Ping(0, -5, 1000, 2000),
+        request(request_id="a request's id; of the user's"),
+        scheduled(requests=[1, 2], tokens=[1, 3], prefills=[False, True], total_tokens=9, total_requests=3),
+        scheduled(trace_id=b"", total_tokens=0, total_requests=0, ended=[1], preempted=[2]),
+        updated(requests=[1, 2], new_tokens=[1, 0], finished=[2]),
+        request_end(),
         frames.Flush(1, 2.5),
     ],
     ids=lambda frame: type(frame).__name__,
 )
 def test_a_frame_arrives_as_it_was_sent(frame: msgspec.Struct) -> None:
     assert frames.decode_frame(frames.encode(frame)) == frame
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (step(span_id=b""), "span id of 0 bytes"),
+        (step(stages=[stage(parent=0)]), "lies in stage 0"),
+        (step(links=[b"short"]), "link of 5 bytes"),
+        (frames.Ping(0, 0, 2000, 1000), "seen before"),
+        (unfinished(now_ns=0), "in the future"),
+        (request(key=b""), "request key"),
+        (request(trace_id=b"\0" * 16), "all zero"),
+        (request(parent_span_id=b""), "parent span id"),
+        (scheduled(span_id=b""), "span id"),
+        (scheduled(requests=[1], tokens=[], prefills=[True]), "1 requests with 0 counts"),
+        (scheduled(requests=[1], tokens=[2], prefills=[True]), "more in its parts"),
+        (updated(requests=[1]), "1 requests with 0 counts of new tokens"),
+        (updated(span_id=b"1"), "span id of 1 bytes"),
+        (request_end(key=b"123"), "request key of 3 bytes"),
+    ],
+)
+def test_a_frame_that_says_what_can_not_be_is_refused_with_the_reason(frame: msgspec.Struct, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        frames.decode_frame(frames.encode(frame))
 
 
 def is_taken_or_refused(packet: bytes) -> None:

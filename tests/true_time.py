@@ -20,7 +20,8 @@ from otel_npu import semconv
 from otel_npu.capture import context, resolver, stages, steps, switch
 from otel_npu.capture.recorder import _WATCH_SECONDS, IDLE_SECONDS, Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
-from otel_npu.relay.assembler import Assembler, span_limits
+from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.settings import Settings
 from otel_npu.wire import frames

@@ -101,7 +101,8 @@ class Recorder:
         """Ids for a step that is kept as a trace, or None for one of which only the times count."""
         outer = step.outer
         if outer is not None:
-            return None if outer.ids is None else context.child_of(outer.ids.trace_id, outer.ids.span_id)
+            around = outer.ids
+            return context.child_of(around.trace_id, around.span_id) if around is not None and around.trace_id else None
         active = context.active_span()
         if active is not None:
             if not active.trace_flags & context.SAMPLED or not self._limiter.allow(step.kind):
@@ -110,6 +111,10 @@ class Recorder:
         if self.settings.root_traces and self._limiter.allow(step.kind):
             return context.new_root()
         return None
+
+    def send(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
+        """Send a frame that comes from elsewhere than a step; `dropped` are the counts in it, if any."""
+        self._channel.send(frames.encode(frame), dropped or {})
 
     def step_closed(self, state: ThreadState, step: Step) -> None:
         """A step boundary: the step waits for the device; older ones that it has finished are resolved."""

@@ -154,6 +154,8 @@ class Resolver:
             ids.span_id,
             ids.parent_span_id,
             step.bare,
+            step.rank.number,
+            step.rank.returns_output,
             step.number,
             step.kind,
             step.opened_ns,
@@ -161,7 +163,7 @@ class Resolver:
             seen_ns,
             None if step.error is None else step.error.__qualname__,
             self._attributes(step.attributes) if step.attributes else None,
-            self._links(step) if step.requests and step.ids is not None else [],
+            self._links(step) if step.requests and ids.trace_id else [],
             self._drops.take_unsent(),
             stages,
         )

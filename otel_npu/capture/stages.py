@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from otel_npu import semconv
 from otel_npu.capture.decorate import decorate
 from otel_npu.capture.steps import MAX_STAGES, Step
+from otel_npu.devices.cpu import HOST_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from otel_npu.devices.pair import Pair
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
+
+_new = object.__new__
 
 
 class Stage:
@@ -206,6 +209,39 @@ class Stage:
         step.recorder.stop_for_the_models_error()
         if step.bare and step.stages and step.stages[0] is self:
             step.close()
+
+
+class HostStage(Stage):
+    """A stage that does no work on the device: only the host's clock times it. Left out when it is in no step."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        if self.step is not None and not self._enter_again():
+            return
+        state = self.local.state
+        step = state.step
+        if step is None:
+            return
+        if len(step.stages) >= MAX_STAGES:
+            self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
+            return
+        self.step = step
+        self.pair = None
+        self.stream = HOST_STREAM
+        self.exited_ns = 0
+        step.stages.append(self)
+        self.entered_ns = perf_counter_ns()
+
+
+def new_stage(of: type[Stage], local: Local, name: str, attributes: dict[str, Any]) -> Stage:
+    """A stage to be entered. Not by a constructor: without one it is made in two thirds of the time."""
+    stage = _new(of)
+    stage.local = local
+    stage.name = name
+    stage.attributes = attributes
+    stage.step = None
+    return stage
 
 
 class LeftOut:

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_npu import semconv
 
@@ -24,6 +24,16 @@ MAX_DEPTH: Final = 16  # of steps inside steps
 MAX_PENDING: Final = 1000  # steps of one thread that the device has not finished
 
 _NOT_ENTERED: Final = -1
+
+
+class Rank(NamedTuple):
+    """Which of an engine's workers a step ran on, and whether that one's output is what the engine waits for."""
+
+    number: int
+    returns_output: bool
+
+
+NO_RANK: Final = Rank(-1, returns_output=False)
 
 
 class ThreadState:
@@ -119,6 +129,7 @@ class Step:
         "one_stream",
         "opened_ns",
         "outer",
+        "rank",
         "recorder",
         "requests",
         "stages",
@@ -128,7 +139,6 @@ class Step:
     state: ThreadState
     outer: Step | None
     depth: int
-    ids: context.Ids | None
     opened_ns: int
     number: int
 
@@ -140,6 +150,8 @@ class Step:
         attributes: dict[str, Any] | None = None,
         *,
         bare: bool = False,
+        ids: context.Ids | None = None,
+        rank: Rank = NO_RANK,
     ) -> None:
         self.recorder = recorder
         self.kind = kind
@@ -147,6 +159,10 @@ class Step:
         self.attributes = attributes
         self.bare = bare
         """A stage that runs in no step is a step of its own, without a step span."""
+        self.ids = ids
+        """Given with the step, or else chosen when it opens. Without a trace id it is no trace; by its parent it may
+        be part of an engine's step all the same."""
+        self.rank = rank
         self.stages: list[Stage] = []
         self.last: Stage | None = None
         """The stage with events that ended last: with one stream, when its end is done everything is."""
@@ -180,7 +196,8 @@ class Step:
         if recorder.device_is_open_question:
             recorder.settle_device()
         self.number = next(recorder.step_numbers)
-        self.ids = recorder.choose(self)
+        if self.ids is None:
+            self.ids = recorder.choose(self)
         self.opened_ns = perf_counter_ns()
         state.step = self
 

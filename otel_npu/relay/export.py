@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
@@ -47,8 +47,20 @@ def exporters_from_environment(environment: Mapping[str, str] = os.environ) -> l
         if found is None:
             installed = sorted({point.name for point in entry_points(group=_GROUP)} | {"none"})
             raise ExportError(f"OTEL_TRACES_EXPORTER={names!r}: takes {', '.join(installed)}; not {name!r}")
-        exporters.append(found.load()())
+        exporters.append(found.load()(**(_otlp_arguments(entry, environment) if name == "otlp" else {})))
     return exporters
+
+
+def _otlp_arguments(entry: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What an OTLP exporter would read from the process's environment, which this one need not be."""
+    arguments: dict[str, Any] = {}
+    endpoint = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
+    if endpoint:
+        arguments["endpoint"] = endpoint
+    insecure = environment.get("OTEL_EXPORTER_OTLP_TRACES_INSECURE", "").strip().lower()
+    if insecure and entry == _PROTOCOLS["grpc"]:
+        arguments["insecure"] = insecure == "true"
+    return arguments
 
 
 def _protocol(environment: Mapping[str, str]) -> str:

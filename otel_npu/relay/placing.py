@@ -19,6 +19,17 @@ class Place(NamedTuple):
     uncertainty_ns: int | None
 
 
+class Ran(NamedTuple):
+    """A step that ran, and where it did on the host's monotonic clock, in nanoseconds."""
+
+    step: Step
+    placed: list[Place]
+    start_ns: int
+    end_ns: int
+    unix_ns: int
+    """Unix time minus monotonic time, as the step's own spans have it."""
+
+
 _Group: TypeAlias = tuple[int, int, int, int]
 """A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
 first and the last device time. (A plain tuple, because one is made for each stage.)"""

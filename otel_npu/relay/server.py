@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -14,15 +15,20 @@ import msgspec
 
 from otel_npu import semconv
 from otel_npu.drops import REPORT_SECONDS, Drops
-from otel_npu.relay.assembler import Assembler, span_limits
-from otel_npu.relay.export import Account, ExportError, ExportQueue, Nowhere, exporters_from_environment
+from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.client import Client
+from otel_npu.relay.export import ExportError, ExportQueue, Nowhere, exporters_from_environment
+from otel_npu.relay.joiner import Joiner
+from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames, rendezvous
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.sdk.trace.export import SpanExporter
+
+    from otel_npu.relay.export import Account
 
 _log = logging.getLogger("otel_npu.relay")
 
@@ -36,14 +42,12 @@ _MAX_FLUSH_SECONDS: Final = 60.0
 _WAKE: Final = b"\0"
 
 
-class _Client:
-    """One connection: until it has said hello, nobody."""
+class _Client(Client):
+    """One connection."""
 
     def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
         self.connection = connection
-        self.assembler: Assembler | None = None
-        self.account = Account()
-        self.complaint = ""
 
 
 class Server:
@@ -64,6 +68,8 @@ class Server:
         self._stay = stay
         self._wall = WallClock()
         self._limits = span_limits()
+        self._joiner = Joiner(self._wall, self._export.put, self._drops)
+        self._flushes: list[tuple[Account, socket.socket, frames.Flush]] = []
         self._clients: dict[int, _Client] = {}
         self._selector = selectors.DefaultSelector()
         self._buffer = bytearray(frames.MAX_FRAME_BYTES)
@@ -81,10 +87,16 @@ class Server:
             self._selector.register(listener, selectors.EVENT_READ)
 
     @classmethod
-    def from_environment(cls, listener: socket.socket | None = None, *, stay: bool = False) -> Server:
+    def from_environment(
+        cls,
+        listener: socket.socket | None = None,
+        *,
+        stay: bool = False,
+        environment: Mapping[str, str] = os.environ,
+    ) -> Server:
         """A server with the exporters that the environment names. If it names a bad one, nothing is exported."""
         try:
-            exporters = exporters_from_environment()
+            exporters = exporters_from_environment(environment)
         except ExportError as error:
             _log.error("%s; no spans are exported", error)
             exporters = [Nowhere()]
@@ -131,6 +143,7 @@ class Server:
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._turn(0.0) and time.monotonic() < deadline:
             pass
+        self._guarded(self._joiner.drain)
         self._export.close(DRAIN_SECONDS)
         self._log_drops()
         for client in list(self._clients.values()):
@@ -153,7 +166,7 @@ class Server:
         A frame that arrives while the relay waits for one makes the sender wake it, which costs the model's thread
         more than sending. So the relay looks by itself, and waits only when nothing has come for a while.
         """
-        quiet = time.monotonic() - self._last_frame > _QUIET_SECONDS
+        quiet = time.monotonic() - self._last_frame > _QUIET_SECONDS and not self._joiner.waiting
         if self._turn(_TICK_SECONDS if quiet else 0.0):
             self._last_frame = time.monotonic()
             quiet = False
@@ -167,6 +180,21 @@ class Server:
 
     def _turn(self, wait_seconds: float) -> bool:
         """Handle what is there; whether there was anything."""
+        busy = self._look(wait_seconds)
+        if self._flushes:
+            self._look(0.0)  # what others have sent before it lies in their sockets
+            self._guarded(self._joiner.flush)
+            flushes, self._flushes = self._flushes, []
+            for account, connection, frame in flushes:
+                self._flush(account, connection, frame)
+        self._guarded(self._joiner.tick)
+        if time.monotonic() >= self._next_drop_line:
+            self._next_drop_line = time.monotonic() + REPORT_SECONDS
+            self._log_drops()
+        return busy
+
+    def _look(self, wait_seconds: float) -> bool:
+        """Read what is there; whether there was anything."""
         ready = self._selector.select(wait_seconds)
         for key, _ in ready:
             if key.fileobj is self._listener:
@@ -177,10 +205,14 @@ class Server:
                 client = self._clients.get(key.fd)
                 if client is not None:
                     self._read(client)
-        if time.monotonic() >= self._next_drop_line:
-            self._next_drop_line = time.monotonic() + REPORT_SECONDS
-            self._log_drops()
         return bool(ready)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            _log.exception("a fault of otel-npu's own; spans are lost")
 
     def _accept(self) -> bool:
         assert self._listener is not None
@@ -230,24 +262,23 @@ class Server:
             if frame.protocol != frames.PROTOCOL:
                 raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
             assembler = Assembler(frame, self._wall, self._limits)
-            assembler.replaces(client.assembler)
-            client.assembler = assembler
+            assembler.replaces(client.greeted)
+            client.greeted = assembler
         elif isinstance(frame, frames.Flush):
-            self._flush(client, frame)
-        elif client.assembler is None:
-            raise ValueError("a frame before the hello")
+            self._flushes.append((client.account, client.connection.dup(), frame))
         elif isinstance(frame, frames.Ping):
             client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
             self._export.put([client.assembler.unfinished(frame)], client.account)
-        else:
+        elif isinstance(frame, frames.Step):
             client.assembler.count_drops(self._drops.take_unsent())
-            self._export.put(client.assembler.step(frame), client.account)
+            self._export.put(client.assembler.step(frame, self._joiner.ran), client.account)
+        else:
+            self._joiner.take(client, frame)
 
-    def _flush(self, client: _Client, frame: frames.Flush) -> None:
+    def _flush(self, account: Account, connection: socket.socket, frame: frames.Flush) -> None:
         """Answer when the exporter is done, from a thread of its own: others must not wait meanwhile."""
-        account, accepted = client.account, client.account.accepted
-        connection = client.connection.dup()
+        accepted = account.accepted
 
         def answer() -> None:
             complete = self._export.flush(account, accepted, min(frame.timeout_seconds, _MAX_FLUSH_SECONDS))
@@ -270,6 +301,7 @@ class Server:
         self._selector.unregister(client.connection)
         del self._clients[client.connection.fileno()]
         client.connection.close()
+        self._guarded(lambda: self._joiner.part(client))
 
     def _log_drops(self) -> None:
         line = self._drops.take_line()

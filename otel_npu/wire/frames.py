@@ -5,11 +5,14 @@ Times are nanoseconds: `*_ns` of the host's monotonic clock, `device_ns` of the 
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import msgspec
 
-PROTOCOL: Final = 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROTOCOL: Final = 2
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
 # Checked by whoever decodes, at no cost to whoever sends: one value that OTLP can't hold fails a whole export.
@@ -17,6 +20,7 @@ Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 DeviceNanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
 Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]
 
 Scalar: TypeAlias = str | bool | Integer | float
 AttributeValue: TypeAlias = Scalar | list[Scalar]
@@ -60,14 +64,19 @@ class Stage(msgspec.Struct, array_like=True, frozen=True):
 class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
     """A step that is done, with all its stages in the order in which they were entered.
 
-    Without ids it was not chosen to be a trace and only its times are of use. `bare` marks a stage that ran in no
-    step: it has no step span. `dropped` counts what the process left out since its last frame, by reason.
+    Without ids it was not chosen to be a trace and only its times are of use. `parent_span_id` is there all the same
+    when the step belongs to an engine's step: it is what the two are joined by. `bare` marks a stage that ran in no
+    step: it has no step span. `rank` is the worker's in its engine, -1 where there are no ranks; `returns_output`
+    marks the rank whose output the engine waits for. `dropped` counts what the process left out since its last
+    frame, by reason.
     """
 
     trace_id: bytes
     span_id: bytes
     parent_span_id: bytes
     bare: bool
+    rank: Rank
+    returns_output: bool
     number: Count
     kind: str
     opened_ns: Nanoseconds
@@ -102,6 +111,70 @@ class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True)
     device_index: Integer
 
 
+class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
+    """A request has reached an engine; sent once, by the engine, before the first step that serves it.
+
+    `key` names the request in the frames of other processes; `number` does so in those of this connection. The spans
+    of the request become children of `parent_span_id`: vLLM's own `llm_request` if it traces, else the caller's.
+    """
+
+    key: bytes
+    number: Count
+    trace_id: bytes
+    parent_span_id: bytes
+    request_id: str
+    arrived_unix_ns: Nanoseconds
+
+
+class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
+    """An engine has scheduled a step. Without a trace id it was not chosen to be a trace.
+
+    `requests`, `tokens` and `prefills` go together: of each sampled request in the step its number, how many tokens
+    were scheduled for it, and whether they are of its prompt. `total_tokens` and `total_requests` count the others
+    too. `preempted` were put back into the queue by this scheduling. `ended` have left the engine since the frame
+    before, without an output that said so: they were aborted.
+    """
+
+    trace_id: bytes
+    span_id: bytes
+    number: Count
+    kind: str
+    opened_ns: Nanoseconds
+    scheduled_ns: Nanoseconds
+    ranks: Count
+    total_tokens: Count
+    total_requests: Count
+    requests: list[Count]
+    tokens: list[Count]
+    prefills: list[bool]
+    preempted: list[Count]
+    ended: list[Count]
+    dropped: dict[str, Count]
+
+
+class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
+    """An engine has taken in the output of a step, named by its span id.
+
+    `requests` and `new_tokens` go together: how many tokens the step gave each sampled request that has an output.
+    `finished` are those whose last output this was, as far as the engine knows.
+    """
+
+    span_id: bytes
+    closed_ns: Nanoseconds
+    requests: list[Count]
+    new_tokens: list[Count]
+    finished: list[Count]
+
+
+class RequestEnd(msgspec.Struct, array_like=True, tag="request_end", frozen=True):
+    """The front end is done with a request: after so many output tokens, for this reason (`stop`, `abort`, ...)."""
+
+    key: bytes
+    ended_unix_ns: Nanoseconds
+    output_tokens: Count
+    reason: str
+
+
 class Flush(msgspec.Struct, array_like=True, tag="flush", frozen=True):
     """Export all that came before this frame within so many seconds, then answer `Flushed`."""
 
@@ -116,7 +189,7 @@ class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     complete: bool
 
 
-Frame: TypeAlias = Hello | Step | Ping | Unfinished | Flush
+Frame: TypeAlias = Hello | Step | Ping | Unfinished | Request | Scheduled | Updated | RequestEnd | Flush
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
@@ -132,25 +205,70 @@ def decode_frame(packet: bytes | memoryview) -> Frame:
         ValueError: It is not a frame, or holds what can't be; the text says what.
     """
     frame: Frame = _decode(packet)
-    if isinstance(frame, Step):
-        _check_id("trace id", frame.trace_id, 16, may_be_absent=True)
-        _check_id("span id", frame.span_id, 8, may_be_absent=not frame.trace_id or frame.bare)
-        _check_id("parent span id", frame.parent_span_id, 8, may_be_absent=True)
-        for index, stage in enumerate(frame.stages):
-            if not -1 <= stage.parent < index:
-                raise ValueError(f"stage {index} of {len(frame.stages)} lies in stage {stage.parent}")
-        for link in frame.links:
-            if len(link) != LINK_BYTES:
-                raise ValueError(f"a link of {len(link)} bytes, not {LINK_BYTES}")
-    elif isinstance(frame, Ping):
-        if frame.seen_ns < frame.before_ns:
-            raise ValueError("a ping that was seen before it was sent")
-    elif isinstance(frame, Unfinished):
-        _check_id("trace id", frame.trace_id, 16, may_be_absent=False)
-        _check_id("parent span id", frame.parent_span_id, 8, may_be_absent=True)
-        if frame.now_ns < frame.entered_ns:
-            raise ValueError("a stage that is entered in the future")
+    check = _CHECKS.get(type(frame))
+    if check is not None:
+        check(frame)
     return frame
+
+
+def _check_step(step: Step) -> None:
+    _check_id("trace id", step.trace_id, 16, may_be_absent=True)
+    _check_id("span id", step.span_id, 8, may_be_absent=not step.trace_id or step.bare)
+    _check_id("parent span id", step.parent_span_id, 8, may_be_absent=True)
+    for index, stage in enumerate(step.stages):
+        if not -1 <= stage.parent < index:
+            raise ValueError(f"stage {index} of {len(step.stages)} lies in stage {stage.parent}")
+    for link in step.links:
+        if len(link) != LINK_BYTES:
+            raise ValueError(f"a link of {len(link)} bytes, not {LINK_BYTES}")
+
+
+def _check_ping(ping: Ping) -> None:
+    if ping.seen_ns < ping.before_ns:
+        raise ValueError("a ping that was seen before it was sent")
+
+
+def _check_unfinished(unfinished: Unfinished) -> None:
+    _check_id("trace id", unfinished.trace_id, 16, may_be_absent=False)
+    _check_id("parent span id", unfinished.parent_span_id, 8, may_be_absent=True)
+    if unfinished.now_ns < unfinished.entered_ns:
+        raise ValueError("a stage that is entered in the future")
+
+
+def _check_request(request: Request) -> None:
+    _check_id("request key", request.key, 8, may_be_absent=False)
+    _check_id("trace id", request.trace_id, 16, may_be_absent=False)
+    _check_id("parent span id", request.parent_span_id, 8, may_be_absent=False)
+
+
+def _check_scheduled(scheduled: Scheduled) -> None:
+    _check_id("trace id", scheduled.trace_id, 16, may_be_absent=True)
+    _check_id("span id", scheduled.span_id, 8, may_be_absent=False)
+    if not len(scheduled.requests) == len(scheduled.tokens) == len(scheduled.prefills):
+        raise ValueError(f"{len(scheduled.requests)} requests with {len(scheduled.tokens)} counts of tokens")
+    if sum(scheduled.tokens) > scheduled.total_tokens or len(scheduled.requests) > scheduled.total_requests:
+        raise ValueError("a step with more in its parts than in all")
+
+
+def _check_updated(updated: Updated) -> None:
+    _check_id("span id", updated.span_id, 8, may_be_absent=False)
+    if len(updated.requests) != len(updated.new_tokens):
+        raise ValueError(f"{len(updated.requests)} requests with {len(updated.new_tokens)} counts of new tokens")
+
+
+def _check_request_end(end: RequestEnd) -> None:
+    _check_id("request key", end.key, 8, may_be_absent=False)
+
+
+_CHECKS: Final[dict[type, Callable[[Any], None]]] = {
+    Step: _check_step,
+    Ping: _check_ping,
+    Unfinished: _check_unfinished,
+    Request: _check_request,
+    Scheduled: _check_scheduled,
+    Updated: _check_updated,
+    RequestEnd: _check_request_end,
+}
 
 
 def _check_id(what: str, value: bytes, length: int, *, may_be_absent: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import threading
@@ -36,6 +37,7 @@ class RelayLink:
     def __init__(self, channel: Channel, settings: Settings, drops: Drops) -> None:
         self._channel = channel
         self._inprocess = settings.export == "inprocess"
+        self._environment = settings.environment
         self._drops = drops
         self.failing = False
         """Whether the last try to find or start a relay failed."""
@@ -84,7 +86,9 @@ class RelayLink:
             self._process.returncode = self._process.returncode or 0
 
     def _meet(self) -> socket.socket:
-        connection, process = rendezvous.connect_or_start(rendezvous.socket_path(rendezvous.session_id()))
+        connection, process = rendezvous.connect_or_start(
+            rendezvous.socket_path(rendezvous.session_id()), self._environment
+        )
         if process is not None:
             self._process = process
         return connection
@@ -94,7 +98,7 @@ class RelayLink:
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
-        server = Server.from_environment()
+        server = Server.from_environment(environment={**os.environ, **self._environment})
         server.add_client(theirs)
         self._thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
         self._thread.start()

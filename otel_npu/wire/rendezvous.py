@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from otel_npu.settings import SESSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 SEND_BUFFER_BYTES: Final = 2 * 1024 * 1024
 _BACKLOG: Final = 128
@@ -49,21 +49,40 @@ def session_id() -> str:
     return session
 
 
+def socket_folder() -> Path:
+    """Where this user's sockets lie, or would: nothing is made.
+
+    Raises:
+        FileNotFoundError: There is no folder for temporary files.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if not base or not os.access(base, os.W_OK):
+        base = tempfile.gettempdir()
+    return Path(base, f"otel-npu-{os.getuid()}")
+
+
+def check_private(folder: Path) -> None:
+    """Only this user may enter a folder that sockets lie in.
+
+    Raises:
+        FileNotFoundError: There is none.
+        RendezvousError: It belongs to somebody else or lets others in.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RendezvousError(f"{folder} must be a folder of user {os.getuid()} with mode 0700, and is not")
+
+
 def socket_path(session: str) -> Path:
     """The session's socket, in a folder that only this user can enter.
 
     Raises:
         RendezvousError: The folder exists and belongs to somebody else or lets others in.
     """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if not base or not os.access(base, os.W_OK):
-        base = tempfile.gettempdir()
-    folder = Path(base, f"otel-npu-{os.getuid()}")
+    folder = socket_folder()
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise RendezvousError(f"{folder} must be a folder of user {os.getuid()} with mode 0700, and is not")
+    check_private(folder)
     return folder / f"{session}.sock"
 
 
@@ -129,8 +148,14 @@ def withdraw(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def connect_or_start(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
+def connect_or_start(
+    path: Path, environment: Mapping[str, str] | None = None
+) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
     """A connection to the session's relay, and the relay's process if it was started here.
+
+    Args:
+        path: The session's socket.
+        environment: What a relay that is started here has beside this process's environment, or in its place.
 
     Raises:
         RendezvousError: The folder or the peer can't be trusted.
@@ -144,15 +169,15 @@ def connect_or_start(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]
         if connection is not None:
             return connection, None
         with listen(path) as listener:
-            process = _start(listener, path)
+            process = _start(listener, path, environment or {})
             connection = connect(path)
     if connection is None:
         raise RendezvousError(f"the relay's socket {path} took no connection")
     return connection, process
 
 
-def _start(listener: socket.socket, path: Path) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **more}
     environment["OTEL_NPU_ENABLED"] = "0"
     # The working directory stays, because exporters take relative paths, but must not shadow modules.
     environment["PYTHONSAFEPATH"] = "1"

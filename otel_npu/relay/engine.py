@@ -1,0 +1,151 @@
+"""A step of an engine: what the engine and its workers say of it, each in frames of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from otel_npu import semconv
+from otel_npu.relay.spans import span_context
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from otel_npu.relay.client import Client
+    from otel_npu.relay.placing import Ran
+    from otel_npu.relay.requests import OpenRequest, Part
+    from otel_npu.wire.frames import Scheduled, Stage
+
+
+class Engine:
+    """The process of an engine: its requests by their numbers, and those of its steps that are not over."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.requests: dict[int, OpenRequest] = {}
+        self.steps: dict[bytes, EngineStep] = {}
+        """By span id, in the order of scheduling."""
+
+
+class StepTimes:
+    """When and how long a step ran for the requests that it served: made once for all of them, of one rank's times."""
+
+    __slots__ = ("by_stage", "device_ns", "end_ns", "kind", "number", "ran", "start_ns", "total_tokens")
+
+    def __init__(self, scheduled: Scheduled, ran: Ran) -> None:
+        self.number = scheduled.number
+        self.kind = scheduled.kind
+        self.total_tokens = scheduled.total_tokens
+        self.ran = ran
+        self.start_ns = ran.start_ns
+        self.end_ns = ran.end_ns
+        self.by_stage = _device_times(ran.step.stages)
+        self.device_ns = sum(self.by_stage.values())
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Which step it was, and of which rank the times are."""
+        return {semconv.STEP_NUMBER: self.number, semconv.RANK: self.ran.step.rank}
+
+
+class EngineStep:
+    """A step whose frames may come in any order: a worker's before its engine's.
+
+    Attributes:
+        engine: Whose step it is; None until it is known to have been scheduled.
+        scheduled: The engine's first frame of it.
+        parts: What requests had of it.
+        links: The spans that wait for it, each once.
+        ranks: Its runs, by rank.
+        times: The run that counts for the requests; None if there was none, or until `settled`.
+        closed_ns: When its output was taken in, if it was.
+        over: Whether its output was taken in, or never will be.
+        deadline: When it is done with, whatever is still missing.
+    """
+
+    __slots__ = ("closed_ns", "deadline", "engine", "links", "over", "parts", "ranks", "scheduled", "settled", "times")
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.scheduled: Scheduled | None = None
+        self.parts: list[Part] = []
+        self.links: dict[bytes, None] = {}
+        self.ranks: dict[int, Ran] = {}
+        self.times: StepTimes | None = None
+        self.settled = False
+        self.closed_ns: int | None = None
+        self.over = False
+        self.deadline = math.inf
+
+    @property
+    def complete(self) -> bool:
+        """Whether the step has come from every rank."""
+        return self.scheduled is not None and len(self.ranks) >= max(1, self.scheduled.ranks)
+
+    def decisive(self) -> Ran | None:
+        """The run of the rank that returns the output; if no rank does, of the lowest, once all have come."""
+        for ran in self.ranks.values():
+            if ran.step.returns_output:
+                return ran
+        return self.ranks[min(self.ranks)] if self.complete else None
+
+    def settle(self) -> None:
+        """From now on its times are what they are: of the deciding rank or, where it is missing, of the lowest."""
+        self.times = self.times_so_far()
+        self.settled = True
+
+    def times_so_far(self) -> StepTimes | None:
+        """Its times, by what has come until now."""
+        if self.settled or self.scheduled is None or not self.ranks:
+            return self.times
+        return StepTimes(self.scheduled, self.decisive() or self.ranks[min(self.ranks)])
+
+    def span(self, unix_ns: int) -> ReadableSpan:
+        """The span of a step that was chosen to be a trace. It ends no earlier than what its ranks say of it.
+
+        Args:
+            unix_ns: Unix time minus the host's monotonic time.
+        """
+        assert self.engine is not None
+        assert self.scheduled is not None
+        scheduled, assembler = self.scheduled, self.engine.client.assembler
+        ends_ns = [ran.end_ns + ran.unix_ns for ran in self.ranks.values()]
+        ends_ns.append((scheduled.scheduled_ns if self.closed_ns is None else self.closed_ns) + unix_ns)
+        attributes: dict[str, Any] = {
+            semconv.STEP_NUMBER: scheduled.number,
+            semconv.STEP_KIND: scheduled.kind,
+            semconv.STEP_REQUESTS: scheduled.total_requests,
+            semconv.STEP_TOKENS: scheduled.total_tokens,
+            semconv.STEP_RANKS: scheduled.ranks,
+        }
+        for reason, count in assembler.take_drops().items():
+            attributes[semconv.DROPPED_PREFIX + reason] = count
+        return assembler.spans.span(
+            semconv.ENGINE_STEP,
+            span_context(int.from_bytes(scheduled.trace_id, "big"), scheduled.span_id),
+            None,
+            attributes,
+            (scheduled.opened_ns + unix_ns, max(ends_ns)),
+            links=assembler.spans.links(self.links),
+        )
+
+    def release(self) -> None:
+        """Let go of what only its own span was made of; requests may hold on to its times."""
+        self.parts, self.links, self.ranks = [], {}, {}
+
+
+def _device_times(stages: list[Stage]) -> dict[str, int]:
+    """Nanoseconds by name of the outermost stages that the device timed; if it timed none, of the host's."""
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
+    covered: list[bool] = []
+    """Of each stage, whether its time is in that of one that the device timed."""
+    for stage in stages:
+        inside = stage.parent >= 0 and covered[stage.parent]
+        on_device = stage.device_ns is not None
+        covered.append(inside or on_device)
+        if on_device and not inside:
+            device[stage.name] = device.get(stage.name, 0) + stage.duration_ns
+        elif stage.parent < 0:
+            host[stage.name] = host.get(stage.name, 0) + stage.duration_ns
+    return device or host

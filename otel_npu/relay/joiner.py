@@ -1,0 +1,278 @@
+"""Joins what engines, workers and front ends say of the same steps and requests, in whatever order it comes.
+
+Each process's frames come in order, but the relay reads one process's after another's, so whoever comes first makes
+the record. What is missing is waited for, never long: every record has a deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import semconv
+from otel_npu.relay.engine import Engine, EngineStep
+from otel_npu.relay.request_spans import request_spans
+from otel_npu.relay.requests import OpenRequest
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from otel_npu.drops import Drops
+    from otel_npu.relay.client import Client
+    from otel_npu.relay.export import Account
+    from otel_npu.relay.placing import Ran
+    from otel_npu.relay.wall import WallClock
+
+RANKS_SECONDS: Final = 0.8
+"""For how long a step that is over waits for ranks that have not told of it: they may be on another host."""
+SILENT_SECONDS: Final = 1.0
+"""How long after its run a step counts as over although its output was not taken in."""
+RUNNING_SECONDS: Final = 30.0
+"""The same for a step whose output rank has not told of it: it may well be running still."""
+END_SECONDS: Final = 0.8
+"""For how long a request waits for the other end of it to be known, and for its last steps."""
+STRANGER_SECONDS: Final = 2.0
+"""For how long a step or a request's end is kept that no engine has told of: its engine may be on another host."""
+MAX_REQUESTS: Final = 16_384
+
+
+class Joiner:
+    """All engines' steps and requests of one relay.
+
+    Args:
+        wall: The wall clock of this host.
+        put: Where a client's spans go: each call's together.
+        drops: Where requests that are given up are counted.
+        now: Seconds that go on by themselves.
+    """
+
+    def __init__(
+        self,
+        wall: WallClock,
+        put: Callable[[Sequence[ReadableSpan], Account], None],
+        drops: Drops,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wall = wall
+        self._put = put
+        self._drops = drops
+        self._now = now
+        self._engines: dict[Client, Engine] = {}
+        self._steps: dict[bytes, EngineStep] = {}
+        """By span id; those that no engine has told of yet too."""
+        self._requests: dict[bytes, OpenRequest] = {}
+        """By key, the oldest first."""
+        self._ending: dict[bytes, OpenRequest] = {}
+        """Those of them of which an end is known."""
+        self._strange_ends: dict[bytes, tuple[float, frames.RequestEnd]] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything here has a deadline."""
+        return bool(self._steps or self._ending or self._strange_ends)
+
+    def take(
+        self, client: Client, frame: frames.Request | frames.Scheduled | frames.Updated | frames.RequestEnd
+    ) -> None:
+        """What an engine says or, of a request's end, a front end.
+
+        Raises:
+            ValueError: The process has not said hello.
+        """
+        assembler = client.assembler
+        if isinstance(frame, frames.RequestEnd):
+            self._front_end_done(frame)
+            return
+        engine = self._engines.get(client)
+        if engine is None:
+            engine = self._engines[client] = Engine(client)
+        if isinstance(frame, frames.Request):
+            self._open(engine, frame)
+        elif isinstance(frame, frames.Scheduled):
+            assembler.count_drops(frame.dropped)
+            self._scheduled(engine, frame)
+        else:
+            self._updated(engine, frame)
+
+    def ran(self, ran: Ran) -> None:
+        """A rank has run its part of an engine's step."""
+        span_id = ran.step.parent_span_id
+        step = self._steps.get(span_id)
+        if step is None:
+            step = self._steps[span_id] = EngineStep()
+            step.deadline = self._now() + STRANGER_SECONDS
+        step.ranks[ran.step.rank] = ran
+        if step.scheduled is not None:
+            self._look(span_id, step)
+
+    def tick(self) -> None:
+        """Be done with what has waited long enough."""
+        now = self._now()
+        for span_id, step in [item for item in self._steps.items() if item[1].deadline <= now]:
+            self._done(span_id, step)
+        for request in [request for request in self._ending.values() if request.deadline <= now]:
+            self._finish(request)
+        for key in [key for key, (deadline, _) in self._strange_ends.items() if deadline <= now]:
+            del self._strange_ends[key]
+
+    def flush(self) -> None:
+        """Wait no longer for what belongs to steps and requests that are over."""
+        for span_id, step in [item for item in self._steps.items() if item[1].over]:
+            self._done(span_id, step)
+        for request in list(self._ending.values()):
+            self._finish(request)
+
+    def part(self, client: Client) -> None:
+        """This process has gone: what its engine had under way is over, though its workers may still tell of it."""
+        engine = self._engines.pop(client, None)
+        if engine is None:
+            return
+        for span_id, step in list(engine.steps.items()):
+            self._over(span_id, step)
+        for request in list(engine.requests.values()):
+            if not request.ending:
+                self._give_up(request, semconv.REQUEST_UNFINISHED)
+
+    def drain(self) -> None:
+        """Nothing more will come."""
+        for client in list(self._engines):
+            self.part(client)
+        for span_id, step in list(self._steps.items()):
+            self._done(span_id, step)
+        for request in list(self._ending.values()):
+            self._finish(request)
+        self._strange_ends.clear()
+
+    # Steps.
+
+    def _scheduled(self, engine: Engine, frame: frames.Scheduled) -> None:
+        requests = engine.requests
+        for number in frame.preempted:
+            if number in requests:
+                requests[number].preempted(frame.scheduled_ns)
+        for number in frame.ended:
+            if number in requests:
+                requests[number].dismissed(frame.opened_ns)
+                self._ended(requests[number])
+        step = self._steps.get(frame.span_id)
+        if not frame.total_tokens or (step is not None and step.scheduled is not None):
+            return
+        if step is None:
+            step = self._steps[frame.span_id] = EngineStep()
+        step.engine, step.scheduled = engine, frame
+        engine.steps[frame.span_id] = step
+        for number, tokens, prefill in zip(frame.requests, frame.tokens, frame.prefills, strict=True):
+            request = requests.get(number)
+            if request is None:
+                continue
+            step.parts.append(request.take_part(step, frame.opened_ns, tokens, prefill=prefill))
+            if frame.trace_id:
+                step.links[request.link] = None
+        self._look(frame.span_id, step)
+
+    def _updated(self, engine: Engine, frame: frames.Updated) -> None:
+        span_id, requests = frame.span_id, engine.requests
+        for number, new_tokens in zip(frame.requests, frame.new_tokens, strict=True):
+            if number in requests:
+                requests[number].output(span_id, new_tokens)
+        for number in frame.finished:
+            if number in requests:
+                requests[number].finished(span_id, frame.closed_ns)
+        if span_id in engine.steps:
+            engine.steps[span_id].closed_ns = frame.closed_ns
+            # Outputs are taken in in order: a step before it that has had none will have none.
+            for earlier in list(engine.steps):
+                self._over(earlier, engine.steps[earlier])
+                if earlier == span_id:
+                    break
+        for number in frame.finished:
+            if number in requests:
+                self._ended(requests[number])
+
+    def _look(self, span_id: bytes, step: EngineStep) -> None:
+        """Something new is known of a scheduled step."""
+        if not step.settled and step.decisive() is not None:
+            self._settle(step)
+        if not step.over:
+            step.deadline = self._now() + (SILENT_SECONDS if step.settled else RUNNING_SECONDS)
+        elif step.complete:
+            self._done(span_id, step)
+
+    def _over(self, span_id: bytes, step: EngineStep) -> None:
+        """The engine is done with a step; its ranks may have still to tell."""
+        step.over = True
+        step.deadline = self._now() + RANKS_SECONDS
+        assert step.engine is not None
+        step.engine.steps.pop(span_id, None)
+        if step.complete:
+            self._done(span_id, step)
+
+    def _settle(self, step: EngineStep) -> None:
+        step.settle()
+        for part in step.parts:
+            request = part.request
+            if not request.forgotten:
+                request.settled()
+                if request.complete:
+                    self._finish(request)
+
+    def _done(self, span_id: bytes, step: EngineStep) -> None:
+        """Forget a step and, if it is a trace, make its span."""
+        del self._steps[span_id]
+        engine, scheduled = step.engine, step.scheduled
+        if engine is None or scheduled is None:
+            return
+        engine.steps.pop(span_id, None)
+        if not step.settled:
+            self._settle(step)
+        if scheduled.trace_id:
+            engine.client.assembler.count_drops(self._drops.take_unsent())
+            self._put([step.span(self._wall.offset_ns())], engine.client.account)
+        step.release()
+
+    # Requests.
+
+    def _open(self, engine: Engine, frame: frames.Request) -> None:
+        for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):
+            if known is not None and not known.forgotten:
+                self._give_up(known, semconv.REQUEST_UNFINISHED)
+        if len(self._requests) >= MAX_REQUESTS:
+            self._give_up(next(iter(self._requests.values())), semconv.TOO_MANY_REQUESTS)
+        request = OpenRequest(engine, frame)
+        self._requests[frame.key] = engine.requests[frame.number] = request
+        _, end = self._strange_ends.pop(frame.key, (0.0, None))
+        if end is not None:
+            self._front_end_done(end)
+
+    def _front_end_done(self, frame: frames.RequestEnd) -> None:
+        request = self._requests.get(frame.key)
+        if request is None:
+            self._strange_ends[frame.key] = self._now() + STRANGER_SECONDS, frame
+        elif request.end is None:
+            request.end = frame
+            self._ended(request)
+
+    def _ended(self, request: OpenRequest) -> None:
+        """An end of the request is known, or the other one too."""
+        if request.frame.key not in self._ending:
+            self._ending[request.frame.key] = request
+            request.deadline = self._now() + END_SECONDS
+        if request.complete:
+            self._finish(request)
+
+    def _finish(self, request: OpenRequest) -> None:
+        self._forget(request)
+        self._put(request_spans(request, self._wall.offset_ns()), request.engine.client.account)
+
+    def _give_up(self, request: OpenRequest, reason: str) -> None:
+        self._forget(request)
+        self._drops.add(reason)
+
+    def _forget(self, request: OpenRequest) -> None:
+        request.forgotten = True
+        del self._requests[request.frame.key]
+        del request.engine.requests[request.frame.number]
+        self._ending.pop(request.frame.key, None)

@@ -1,0 +1,262 @@
+"""What steps did for a request: put together while it runs, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import semconv
+
+if TYPE_CHECKING:
+    from otel_npu.relay.engine import Engine, EngineStep, StepTimes
+    from otel_npu.wire.frames import Request, RequestEnd
+
+ABORT: Final = "abort"
+RECENT_STEPS: Final = 64
+"""So many of a request's steps stay apart until it ends: which of them were surplus is only known then."""
+LISTED_STEPS: Final = 64
+"""Of so many prefill steps the stages become spans."""
+_MAX_PREEMPTIONS: Final = 128
+
+
+class Phase:
+    """Some of a request's steps as one. Times in nanoseconds.
+
+    Args:
+        listed: Of how many steps the stages are kept.
+    """
+
+    __slots__ = (
+        "_listed",
+        "attributed_ns",
+        "by_stage",
+        "device_ns",
+        "end_ns",
+        "listed",
+        "rank",
+        "slowest",
+        "start_ns",
+        "steps",
+        "wait_ns",
+    )
+
+    def __init__(self, listed: int = 0) -> None:
+        self._listed = listed
+        self.listed: list[StepTimes] = []
+        self.slowest: StepTimes | None = None
+        self.steps = self.start_ns = self.end_ns = self.device_ns = self.wait_ns = 0
+        self.attributed_ns = 0.0
+        self.by_stage: dict[str, int] = {}
+        self.rank = -1
+
+    def add(self, times: StepTimes, tokens: int) -> None:
+        """One more step, in which so many tokens were the request's."""
+        start_ns, end_ns, slowest = times.start_ns, times.end_ns, self.slowest
+        if not self.steps:
+            self.start_ns = start_ns
+        elif start_ns > self.end_ns:
+            self.wait_ns += start_ns - self.end_ns
+        self.end_ns = max(self.end_ns, end_ns)
+        self.steps += 1
+        self.rank = times.ran.step.rank
+        self.device_ns += times.device_ns
+        self.attributed_ns += times.device_ns * tokens / times.total_tokens
+        by_stage = self.by_stage
+        for name, duration_ns in times.by_stage.items():
+            by_stage[name] = by_stage.get(name, 0) + duration_ns
+        if slowest is None or end_ns - start_ns > slowest.end_ns - slowest.start_ns:
+            self.slowest = times
+        if len(self.listed) < self._listed:
+            self.listed.append(times)
+
+
+class Part:
+    """What a request had of a step.
+
+    Attributes:
+        request: The request.
+        step: The step.
+        tokens: How many of the step's tokens were for it.
+        decode: Whether that belongs to its decode phase.
+        outputs: How many output tokens it had after the step; -1 if the step gave it no output.
+        last: Whether the engine finished it with this output.
+        late: Whether the step was under way when the engine let go of it.
+    """
+
+    __slots__ = ("decode", "last", "late", "outputs", "request", "step", "tokens")
+
+    def __init__(self, request: OpenRequest, step: EngineStep, tokens: int, *, decode: bool) -> None:
+        self.request = request
+        self.step = step
+        self.tokens = tokens
+        self.decode = decode
+        self.outputs = -1
+        self.last = self.late = False
+
+
+class OpenRequest:
+    """A request from its arrival in an engine to its end.
+
+    Attributes:
+        frame: What the engine announced it with.
+        engine: Its engine.
+        deadline: When it is done with, whatever is still missing; never before an end is known.
+        end: What the front end said of its end.
+        engine_end_ns: When the engine was done with it, if it is.
+        first_opened_ns: When the first scheduling of it began, if one did.
+        preemptions: When it was put back into the queue, and in which phase.
+        prefill: Its prefill steps.
+        decode: Its decode steps.
+        surplus: Its steps that were not for it any more.
+        untimed: How many of its steps have no times.
+        forgotten: Whether it is no longer followed.
+    """
+
+    __slots__ = (
+        "_decoding",
+        "_folded_outputs",
+        "_outputs",
+        "_parts",
+        "_unsettled",
+        "deadline",
+        "decode",
+        "end",
+        "engine",
+        "engine_end_ns",
+        "first_opened_ns",
+        "forgotten",
+        "frame",
+        "preemptions",
+        "prefill",
+        "surplus",
+        "untimed",
+    )
+
+    def __init__(self, engine: Engine, frame: Request) -> None:
+        self.frame = frame
+        self.engine = engine
+        self.deadline = math.inf
+        self.end: RequestEnd | None = None
+        self.engine_end_ns: int | None = None
+        self.first_opened_ns: int | None = None
+        self.preemptions: list[tuple[int, str]] = []
+        self.prefill, self.decode, self.surplus = Phase(LISTED_STEPS), Phase(), Phase()
+        self.untimed = 0
+        self.forgotten = False
+        self._parts: deque[Part] = deque()
+        """Its latest steps; those before them are in the phases already."""
+        self._unsettled = 0
+        self._outputs = 0
+        self._folded_outputs = -1
+        self._decoding = False
+
+    @property
+    def link(self) -> bytes:
+        """The span that waits for it, as in frames."""
+        return self.frame.trace_id + self.frame.parent_span_id + b"\x01"
+
+    @property
+    def ending(self) -> bool:
+        """Whether an end of it is known."""
+        return self.end is not None or self.engine_end_ns is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is known that there is to know."""
+        return self.end is not None and self.engine_end_ns is not None and not self._unsettled
+
+    def take_part(self, step: EngineStep, opened_ns: int, tokens: int, *, prefill: bool) -> Part:
+        """It is in a step that was scheduled now."""
+        if self.first_opened_ns is None:
+            self.first_opened_ns = opened_ns
+        # What is computed again after a preemption is no prefill any more.
+        self._decoding = self._decoding or not prefill or self._outputs > 0
+        part = Part(self, step, tokens, decode=self._decoding)
+        self._parts.append(part)
+        self._unsettled += 1
+        return part
+
+    def settled(self) -> None:
+        """The times of one more of its steps are known."""
+        self._unsettled -= 1
+        while len(self._parts) > RECENT_STEPS and self._parts[0].step.settled and not self.ending:
+            part = self._parts.popleft()
+            self._folded_outputs = max(self._folded_outputs, part.outputs)
+            self._add(part)
+
+    def output(self, span_id: bytes, new_tokens: int) -> None:
+        """The step with this span id gave it so many tokens."""
+        self._outputs += new_tokens
+        part = self._part(span_id)
+        if part is not None:
+            part.outputs = self._outputs
+
+    def finished(self, span_id: bytes, at_ns: int) -> None:
+        """The engine has finished it with the output of this step."""
+        self.engine_end_ns = at_ns
+        part = self._part(span_id)
+        if part is not None:
+            part.last = True
+
+    def dismissed(self, at_ns: int) -> None:
+        """The engine has let go of it without an output."""
+        self.engine_end_ns = at_ns
+        for part in self._parts:
+            part.late = part.outputs < 0 and part.step.closed_ns is None
+
+    def preempted(self, at_ns: int) -> None:
+        """It was put back into the queue."""
+        if len(self.preemptions) < _MAX_PREEMPTIONS:
+            phase = semconv.DECODE if self._decoding else semconv.PREFILL
+            self.preemptions.append((at_ns, phase if self.first_opened_ns is not None else semconv.QUEUE))
+
+    def close(self, unix_ns: int) -> None:
+        """It is over: what is still apart goes into its phases, or is surplus.
+
+        Args:
+            unix_ns: Unix time minus the host's monotonic time.
+        """
+        for part, surplus in zip(self._parts, self._surplus(unix_ns), strict=True):
+            if not surplus:
+                self._add(part)
+                continue
+            times = part.step.times_so_far()
+            if times is None:
+                self.surplus.steps += 1
+            else:
+                self.surplus.add(times, part.tokens)
+        self._parts.clear()
+
+    def _surplus(self, unix_ns: int) -> list[bool]:
+        """Of each latest step, whether the request was over before it."""
+        parts, end = self._parts, self.end
+        if end is not None and end.reason == ABORT:
+            ends_ns = [None if times is None else times.end_ns for times in (p.step.times_so_far() for p in parts)]
+            return [end_ns is not None and end_ns + unix_ns > end.ended_unix_ns for end_ns in ends_ns]
+        last = None
+        if end is not None:
+            if 0 <= end.output_tokens <= self._folded_outputs:
+                last = -1
+            else:
+                reached = (i for i, part in enumerate(parts) if 0 <= part.outputs >= end.output_tokens)
+                last = next(reached, None)
+        if last is None:
+            last = next((i for i, part in enumerate(parts) if part.last), None)
+        if last is None:
+            return [part.late for part in parts]
+        return [i > last for i in range(len(parts))]
+
+    def _add(self, part: Part) -> None:
+        times = part.step.times_so_far()
+        if times is None:
+            self.untimed += 1
+        else:
+            (self.decode if part.decode else self.prefill).add(times, part.tokens)
+
+    def _part(self, span_id: bytes) -> Part | None:
+        for part in reversed(self._parts):  # one of the last, as steps overlap little
+            scheduled = part.step.scheduled
+            if scheduled is not None and scheduled.span_id == span_id:
+                return part
+        return None

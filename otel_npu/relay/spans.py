@@ -1,0 +1,204 @@
+"""What all spans of a traced process have in common, and the spans of a step's stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits
+from opentelemetry.sdk.util import BoundedList
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from otel_npu import semconv
+from otel_npu._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from opentelemetry.sdk.resources import Resource
+
+    from otel_npu.relay.placing import Place
+    from otel_npu.wire.frames import Attributes, Stage, Step
+
+_log = logging.getLogger("otel_npu.relay")
+
+SCOPE: Final = InstrumentationScope(semconv.SCOPE, __version__, semconv.SCHEMA_URL)
+_SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+_UNSET: Final = Status(StatusCode.UNSET)
+# A decode batch links to every request it serves; OpenTelemetry's default of 128 would lose the rest.
+_MAX_LINKS: Final = 4096
+_DEFAULT_LIMIT: Final = 128
+
+
+def span_limits() -> SpanLimits:
+    """The standard limits, but with room for the links of a large batch unless the environment says otherwise."""
+    chosen = os.environ.get("OTEL_SPAN_LINK_COUNT_LIMIT", "").strip()
+    try:
+        return SpanLimits() if chosen else SpanLimits(max_links=_MAX_LINKS)
+    except ValueError:
+        # In words of our own: some versions of the SDK trip over theirs.
+        bad = [
+            f"{variable}={value!r}"
+            for variable, value in os.environ.items()
+            if re.fullmatch(r"OTEL_\w+_LIMIT", variable) and not re.fullmatch(r"\s*\d*\s*", value)
+        ]
+        _log.error("%s: takes a whole number, 0 or more; no limit in the environment is used", ", ".join(bad))
+        default, unset = _DEFAULT_LIMIT, SpanLimits.UNSET
+        return SpanLimits(default, default, _MAX_LINKS, default, default, default, unset, unset)
+
+
+def span_context(trace_id: int, span_id: bytes) -> SpanContext | None:
+    """A span of this trace; None for a span id that is absent."""
+    if not span_id:
+        return None
+    return SpanContext(trace_id, int.from_bytes(span_id, "big"), is_remote=False, trace_flags=_SAMPLED)
+
+
+class SpanMaker:
+    """Makes the spans of one traced process.
+
+    Args:
+        resource: The process.
+        limits: How many attributes, links and events a span has at most.
+    """
+
+    def __init__(self, resource: Resource, limits: SpanLimits) -> None:
+        self._resource = resource
+        self._limits = limits
+
+    def span(
+        self,
+        name: str,
+        context: SpanContext | None,
+        parent: SpanContext | None,
+        attributes: dict[str, Any],
+        times_ns: tuple[int, int],
+        *,
+        own_attributes: Attributes | None = None,
+        error: str | None = None,
+        message: str | None = None,
+        links: Any = (),
+        events: Sequence[Event] = (),
+    ) -> ReadableSpan:
+        """One span. `times_ns` are its start and end in Unix time; one that ends before its start ends with it.
+
+        Args:
+            name: What it is called.
+            context: Its own ids.
+            parent: Its parent's; None for a root.
+            attributes: What was measured.
+            times_ns: Start and end.
+            own_attributes: What the program says of it; it never hides what was measured.
+            error: The type of what went wrong.
+            message: What went wrong, in words.
+            links: As `links` makes them.
+            events: What happened at an instant in it.
+        """
+        if error is not None:
+            attributes[semconv.ERROR_TYPE] = error
+        if own_attributes:
+            attributes = {**own_attributes, **attributes}
+        return ReadableSpan(
+            name,
+            context,
+            parent,
+            self._resource,
+            BoundedAttributes(
+                self._limits.max_span_attributes,
+                attributes,
+                immutable=False,
+                max_value_len=self._limits.max_span_attribute_length,
+            ),
+            BoundedList.from_seq(self._limits.max_events, events) if events else (),
+            links,
+            SpanKind.INTERNAL,
+            None,
+            Status(StatusCode.ERROR, message or error) if error is not None else _UNSET,
+            times_ns[0],
+            max(times_ns),
+            SCOPE,
+        )
+
+    def stages(
+        self,
+        step: Step,
+        placed: list[Place],
+        trace_id: int,
+        parent: SpanContext | None,
+        unix_ns: int,
+        *,
+        first: SpanContext | None = None,
+        links: Any = (),
+        more: dict[str, Any] | None = None,
+    ) -> list[ReadableSpan]:
+        """A span for each stage of a step, nested as the stages were.
+
+        Args:
+            step: The step.
+            placed: Where its stages lie.
+            trace_id: The trace of the spans.
+            parent: The span around the outermost, if there is one.
+            unix_ns: Unix time minus the host's monotonic time.
+            first: The ids of the first stage's span, if they are given.
+            links: Links of the outermost.
+            more: What the span of each stage says beside what was measured.
+        """
+        stages = step.stages
+        random = os.urandom(8 * len(stages))
+        contexts = [span_context(trace_id, random[8 * index : 8 * index + 8]) for index in range(len(stages))]
+        if first is not None and contexts:
+            contexts[0] = first
+        spans = []
+        for index, (stage, place) in enumerate(zip(stages, placed, strict=True)):
+            attributes = _stage_attributes(stage, place)
+            if more:
+                attributes.update(more)
+            spans.append(
+                self.span(
+                    stage.name,
+                    contexts[index],
+                    contexts[stage.parent] if stage.parent >= 0 else parent,
+                    attributes,
+                    (place.start_ns + unix_ns, place.end_ns + unix_ns),
+                    own_attributes=stage.attributes,
+                    error=stage.error,
+                    links=links if stage.parent < 0 else (),
+                )
+            )
+        return spans
+
+    def links(self, links: Iterable[bytes]) -> BoundedList[Link]:
+        """Links to these spans, each as it is in a frame."""
+        return BoundedList.from_seq(
+            self._limits.max_links,
+            (
+                Link(
+                    SpanContext(
+                        int.from_bytes(link[:16], "big"),
+                        int.from_bytes(link[16:24], "big"),
+                        is_remote=True,
+                        trace_flags=TraceFlags(link[24]),
+                    )
+                )
+                for link in links
+            ),
+        )
+
+
+def _stage_attributes(stage: Stage, place: Place) -> dict[str, Any]:
+    on_device = stage.device_ns is not None
+    attributes: dict[str, Any] = {
+        semconv.TIMING: semconv.TIMING_DEVICE if on_device else semconv.TIMING_HOST,
+        semconv.HOST_DURATION: (stage.exited_ns - stage.entered_ns) * 1e-9,
+    }
+    if on_device:
+        attributes[semconv.DEVICE_INDEX] = stage.device_index
+        attributes[semconv.STREAM_ID] = stage.stream_id
+        attributes[semconv.ENQUEUE_DELAY] = max(0, place.start_ns - stage.entered_ns) * 1e-9
+        if place.uncertainty_ns is not None:
+            attributes[semconv.CLOCK_UNCERTAINTY] = place.uncertainty_ns * 1e-9
+    return attributes
