@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +29,11 @@ def torch_with(accelerator: str | None, *, initialised: bool = True) -> Any:
     if accelerator is not None:
         setattr(torch, accelerator, types.SimpleNamespace(is_initialized=lambda: initialised))
     return torch
+
+
+def no_timing(**_: Any) -> None:
+    """A generic event before torch_npu 2.6."""
+    raise AssertionError("it would carry no timing")
 
 
 class TestFinding:
@@ -63,6 +69,15 @@ class TestFinding:
     ) -> None:
         imported(torch_with("npu", initialised=False))
         assert devices.find(kind) is None
+
+    def test_before_torch_2_6_it_is_torch_npus(
+        self, imported: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+        imported(types.SimpleNamespace(npu=types.SimpleNamespace(is_initialized=lambda: False)))
+        assert devices.find("auto") is devices.find("npu") is None
+        with pytest.raises(ValueError, match="torch's accelerator here is 'npu'"):
+            devices.find("cuda")
 
     def test_another_accelerator_than_torchs_can_not_be(self, imported: Callable[[Any], None]) -> None:
         imported(torch_with("npu", initialised=False))
@@ -135,12 +150,24 @@ def test_a_device_that_is_not_here_is_one_clear_line_and_the_program_runs_on(run
 
 
 class TestNpu:
-    """On torch_npu itself, with the simulated runtime behind it and its clock stopped."""
+    """On torch_npu itself, with the simulated runtime behind it and its clock stopped.
 
-    @pytest.fixture
-    def npu(self, ascend: Simulator, torch_npu: Any) -> Iterator[Captured]:
+    Once by generic events, once by torch_npu's own, as before torch_npu 2.6.
+    """
+
+    @pytest.fixture(params=["2.6 and newer", "older"])
+    def npu(
+        self, request: pytest.FixtureRequest, ascend: Simulator, torch_npu: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Captured]:
         from otel_npu.devices.npu import Npu
 
+        if request.param == "older":
+            import torch_npu as binding
+
+            monkeypatch.delattr(torch_npu, "accelerator")
+            monkeypatch.delattr(torch_npu._C, "_accelerator_getStream")
+            monkeypatch.delattr(binding._C, "_npu_getCurrentRawStreamNoWait")
+            monkeypatch.setattr(torch_npu, "Event", no_timing)
         ascend.manual_clock(True)
         with capturing(Npu.open()) as captured:
             yield captured
@@ -182,6 +209,29 @@ class TestNpu:
         assert None not in [stage.device_ns for step in steps for stage in step.stages]
         assert npu.dropped()["stream_captured"] == 1
 
+    def test_each_record_is_given_its_stream_and_none_synchronises(
+        self, npu: Captured, ascend: Simulator, torch_npu: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        streams: list[Any] = []
+        record = torch_npu.npu.Event.record
+
+        def recorded(event: Any, stream: Any = None) -> None:
+            streams.append(stream)
+            record(event, stream)
+
+        monkeypatch.setattr(torch_npu.npu.Event, "record", recorded)
+        own_events = not hasattr(torch_npu, "accelerator")
+        synchronisations = ascend.count("synchronize")
+        with otel_npu.step():
+            for name in ("prepare_input", "forward"):
+                with otel_npu.stage(name):
+                    torch_npu.npu._sleep(MILLISECOND)
+        (step,) = self.steps(npu, ascend, torch_npu)
+        assert [stage.duration_ns for stage in step.stages] == pytest.approx([MILLISECOND] * 2, abs=1000)
+        assert ascend.count("synchronize") == synchronisations
+        assert len(streams) == (4 if own_events else 0)
+        assert all(isinstance(stream, torch_npu.npu.Stream) for stream in streams)
+
     def test_streams_and_devices_are_told_apart(self, npu: Captured, ascend: Simulator, torch_npu: Any) -> None:
         torch = torch_npu
         side = torch.npu.Stream()
@@ -206,6 +256,20 @@ class TestNpu:
         milliseconds = [stage.duration_ns / MILLISECOND for stage in step.stages]
         assert milliseconds == pytest.approx([1, 2, 3, 4], abs=0.001)
         assert {s.name: s.stream_id for s in step.stages}["side"] == side.stream_id != 0
+
+    def test_another_thread_can_tell_that_a_stream_is_being_captured(self, npu: Captured, torch_npu: Any) -> None:
+        stream = torch_npu.npu.Stream()
+
+        def captured() -> bool:
+            with torch_npu.npu.stream(stream):
+                key = npu.device.current_stream_key()
+            with ThreadPoolExecutor(1) as other:
+                return other.submit(npu.device.captured, key).result(20)
+
+        assert captured() is False
+        with torch_npu.npu.graph(torch_npu.npu.NPUGraph(), stream=stream):
+            assert captured() is True
+        assert captured() is False
 
     def test_flushing_leaves_the_callers_device_as_it_is(
         self, npu: Captured, ascend: Simulator, torch_npu: Any

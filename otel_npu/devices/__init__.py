@@ -121,6 +121,8 @@ def _open(accelerator: str) -> Device:
 
 def _accelerator(torch: Any) -> str | None:
     accelerator = getattr(torch, "accelerator", None)  # absent while torch is still being imported
+    if accelerator is None and "torch_npu" in sys.modules and hasattr(torch, "npu"):
+        return "npu"  # before torch 2.6 there is no such module
     # What torch was built for: asking whether one is there could initialise it, and so spoil a later fork.
     current = accelerator.current_accelerator() if accelerator is not None else None
     return None if current is None else str(current.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,9 @@ class HostStream:
 
     device_index = 0
     stream_id = 0
+
+
+HOST_STREAM: Final = HostStream()
 
 
 class HostEvent:
@@ -47,9 +50,8 @@ class Cpu:
     pool_pairs = 1024
 
     def __init__(self) -> None:
-        stream = HostStream()
         self.pools: dict[int, Pool] = {}
-        self.current_stream = self.current_stream_key = lambda: stream
+        self.current_stream = self.current_stream_key = lambda: HOST_STREAM
 
     def new_event(self, _device_index: int) -> HostEvent:
         """An event on the host's clock."""

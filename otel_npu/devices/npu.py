@@ -1,4 +1,4 @@
-"""Ascend NPUs through torch_npu: generic events, read by their raw handles.
+"""Ascend NPUs through torch_npu: events, read by their raw handles.
 
 `Event.elapsed_time()` and `Event.recorded_time()` first drain the host's task queue and synchronise both events,
 with the GIL held, even for events that are done. So a finished pair is read from the ACL library itself.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.devices.ping import Ping, ping
-from otel_npu.devices.torch_event import stream_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,13 +39,22 @@ class Npu:
         self._torch = torch
         self.pools: dict[int, Pool] = {}
         self._acl = acl
-        # -1 is the current device. The raw stream takes 0.08 us, without a stream object being made; the "no wait"
-        # is not to drain the task queue. (torch.npu.current_stream() takes 11 us.)
-        self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)
-        raw_stream = getattr(torch_npu._C, "_npu_getCurrentRawStreamNoWait", None)
-        self.current_stream_key: Callable[[], Any] = (
-            functools.partial(raw_stream, -1) if raw_stream else lambda: stream_key(self.current_stream())
-        )
+        self.new_event: Callable[[int], Any]
+        self.current_stream: Callable[[], Any]
+        if hasattr(torch, "accelerator"):
+            self.new_event = self._new_generic_event
+            self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)  # -1 is the current device
+            self._handle = operator.attrgetter("event_id")
+        else:
+            # Before torch_npu 2.6, which goes with torch 2.6, generic events carry no timing. torch_npu's own want
+            # a stream of its own: they take anything for one, and without one look it up in 11 us and more.
+            self.new_event = self._new_npu_event
+            self.current_stream = torch.npu.current_stream
+            self._handle = operator.attrgetter("npu_event")
+        # The raw stream takes 0.08 us, without a stream object being made; the "no wait" is not to drain the task
+        # queue. Where torch_npu doesn't have it yet there are the stream's ids, in 0.13 us.
+        current_stream_key = getattr(torch_npu._C, "_npu_getCurrentRawStreamNoWait", torch_npu._C._npu_getCurrentStream)
+        self.current_stream_key: Callable[[], Any] = functools.partial(current_stream_key, -1)
         self.capturing = torch.npu.is_current_stream_capturing
         self._pingers: dict[int, _Pinger] = {}
         self.pool_pairs = _POOL_PAIRS_310 if "310" in self.name(0) else _POOL_PAIRS
@@ -68,9 +77,13 @@ class Npu:
             acl = None
         return cls(torch, torch_npu, acl)
 
-    def new_event(self, device_index: int) -> Any:
-        """A generic event with timing. The ACL event behind it is made at its first record."""
+    def _new_generic_event(self, device_index: int) -> Any:
+        """The ACL event behind it is made at its first record."""
         return self._torch.Event(device=f"npu:{device_index}", enable_timing=True)
+
+    def _new_npu_event(self, _device_index: int) -> Any:
+        """As its first record makes the ACL event, so it makes it the event of that stream's device."""
+        return self._torch.npu.Event(enable_timing=True)
 
     def adopt_thread(self, device_index: int) -> None:
         """Set the device: a thread that never did would open a stray context on device 0."""
@@ -101,8 +114,14 @@ class Npu:
             self._torch.npu.set_stream(default)
             if self.capturing():
                 return True
+        if isinstance(stream_key, tuple):
+            stream_id, device_index, device_type = stream_key
+            self._torch.npu.set_stream(
+                self._torch.npu.Stream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+            )
+            return bool(self.capturing())
         get_info = getattr(self._acl, "aclmdlRICaptureGetInfo", None)
-        if get_info is None or not isinstance(stream_key, int):
+        if get_info is None:
             return False
         status, graph = ctypes.c_int(), ctypes.c_void_p()
         error: int = get_info(ctypes.c_void_p(stream_key), ctypes.byref(status), ctypes.byref(graph))
@@ -131,7 +150,7 @@ class Npu:
         anchor = anchor_ns = 0
         for pair in pairs:
             if pair.handles is None:
-                pair.handles = (pair.start.event_id, pair.end.event_id)
+                pair.handles = (self._handle(pair.start), self._handle(pair.end))
             start, end = pair.handles
             if not anchor:
                 anchor = start
