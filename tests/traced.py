@@ -199,24 +199,31 @@ class Programs:
 
     def relays(self) -> list[int]:
         """The relays of these programs that live."""
-        return [pid for pid in _processes() if self._is_relay(pid)]
+        return relays(self.run_folder)
 
     def relay(self) -> int:
         """The relay of these programs, which is to be the only one."""
         [pid] = eventually(self.relays, "a relay runs")
         return int(pid)
 
-    def _is_relay(self, pid: int) -> bool:
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return False  # it has gone
-        socket = os.fsencode(self.run_folder) + b"/"
-        return b"otel_npu.relay" in arguments and any(argument.startswith(socket) for argument in arguments)
+
+def relays(run_folder: Path) -> list[int]:
+    """The relays that live and have their socket in this folder."""
+    return [pid for pid in processes() if _is_relay(pid, run_folder)]
 
 
-def _processes() -> Iterator[int]:
+def processes() -> Iterator[int]:
+    """The processes of this machine."""
     return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
+
+
+def _is_relay(pid: int, run_folder: Path) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False  # it has gone
+    socket = os.fsencode(run_folder) + b"/"
+    return b"otel_npu.relay" in arguments and any(argument.startswith(socket) for argument in arguments)
 
 
 def _signal(pid: int, number: int) -> None:

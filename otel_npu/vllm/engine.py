@@ -1,0 +1,245 @@
+"""What an engine's scheduler does, told to the relay: which requests there are, and which step serves which."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from otel_npu.capture import context
+from otel_npu.vllm import tracing
+from otel_npu.vllm.front_end import announced
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from otel_npu.capture.recorder import Recorder
+
+_log = logging.getLogger("otel_npu")
+
+STEP_ATTRIBUTE: Final = "_otel_npu_step"
+"""What the scheduler's output carries to every worker of the engine, and back to the scheduler."""
+
+_MIXED: Final = "mixed"
+_PREFILL: Final = "prefill"
+_DECODE: Final = "decode"
+
+
+class StepContext(NamedTuple):
+    """The context of an engine's step, pickled with each scheduler output. Without a trace id it is no trace."""
+
+    trace_id: bytes
+    span_id: bytes
+    number: int
+    kind: str
+
+
+class _Member:
+    """A request that the scheduler has: only a sampled one has a number, by which the relay knows it."""
+
+    __slots__ = ("number", "prefill_tokens", "request")
+
+    def __init__(self, request: Any, number: int | None) -> None:
+        self.request = request
+        self.number = number
+        self.prefill_tokens = _prefill_tokens(request)
+
+
+class EngineSteps:
+    """Follows one engine's scheduler.
+
+    Args:
+        scheduler: The scheduler; its methods are wrapped on this object, because subclasses replace them.
+        vllm_config: Its configuration.
+    """
+
+    def __init__(self, scheduler: Any, vllm_config: Any) -> None:
+        self._endpoint = tracing.config_endpoint(vllm_config)
+        self._ranks = _world_size(vllm_config)
+        self._members: dict[str, _Member] = {}
+        self._request_numbers = itertools.count(1)
+        self._step_numbers = itertools.count(1)
+        self._limiter: context.Limiter | None = None
+        for name, wrap in (
+            ("add_request", self._around_add_request),
+            ("schedule", self._around_schedule),
+            ("update_from_output", self._around_update),
+        ):
+            method = getattr(scheduler, name, None)
+            if callable(method):
+                setattr(scheduler, name, functools.wraps(method)(wrap(method)))
+            else:
+                _log.warning("vLLM's %s has no %s: what it told is missing", type(scheduler).__name__, name)
+
+    def _around_add_request(self, add_request: Callable[..., Any]) -> Callable[..., Any]:
+        add = tracing.guarded(self._add)
+
+        def call(request: Any, *args: Any, **kwargs: Any) -> Any:
+            add(request)  # first: the scheduler may refuse it, and then it has an end without a step
+            return add_request(request, *args, **kwargs)
+
+        return call
+
+    def _around_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        scheduled = tracing.guarded(self._scheduled)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            opened_ns = perf_counter_ns()
+            output = schedule(*args, **kwargs)
+            scheduled(output, opened_ns)
+            return output
+
+        return call
+
+    def _around_update(self, update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+        updated = tracing.guarded(self._updated)
+
+        def call(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            result = update_from_output(scheduler_output, *args, **kwargs)
+            updated(scheduler_output, result)
+            return result
+
+        return call
+
+    def _add(self, request: Any) -> None:
+        recorder = tracing.recorder(self._endpoint)
+        if recorder is None or request.request_id in self._members:  # the next input of a streaming session
+            return
+        told = announced(getattr(request, "trace_headers", None))
+        self._members[request.request_id] = member = _Member(request, next(self._request_numbers) if told else None)
+        if told is not None and member.number is not None:
+            recorder.send(
+                frames.Request(
+                    told.key,
+                    member.number,
+                    told.trace_id,
+                    told.parent_span_id,
+                    told.request_id,
+                    int(request.arrival_time * 1e9),
+                )
+            )
+
+    def _scheduled(self, output: Any, opened_ns: int) -> None:
+        recorder = tracing.recorder(self._endpoint)
+        if recorder is None:
+            self._members.clear()
+            return
+        scheduled_ns = perf_counter_ns()
+        members = self._members
+        gone = [members.pop(request_id, None) for request_id in output.finished_req_ids]
+        ended = [member.number for member in gone if member is not None and member.number is not None]
+        total_tokens = output.total_num_scheduled_tokens
+        if not total_tokens and not ended:
+            return
+        requests: list[int] = []
+        tokens: list[int] = []
+        prefills: list[bool] = []
+        any_prefill = any_decode = False
+        for request_id, count in output.num_scheduled_tokens.items():
+            member = members.get(request_id)
+            if member is None:
+                continue
+            # The scheduler has already counted these tokens as computed.
+            prefill = member.request.num_computed_tokens - count < member.prefill_tokens
+            if prefill:
+                any_prefill = True
+            else:
+                any_decode = True
+            if member.number is not None:
+                requests.append(member.number)
+                tokens.append(count)
+                prefills.append(prefill)
+        kind = _MIXED if any_prefill and any_decode else _PREFILL if any_prefill else _DECODE
+        random = os.urandom(24)
+        step = StepContext(
+            random[8:] if total_tokens and self._kept(recorder, kind) else b"",
+            random[:8],
+            next(self._step_numbers) if total_tokens else 0,
+            kind,
+        )
+        if total_tokens:
+            setattr(output, STEP_ATTRIBUTE, tuple(step))
+        dropped = recorder.drops.take_unsent()
+        recorder.send(
+            frames.Scheduled(
+                step.trace_id,
+                step.span_id,
+                step.number,
+                kind,
+                opened_ns,
+                scheduled_ns,
+                self._ranks,
+                total_tokens,
+                len(output.num_scheduled_tokens),
+                requests,
+                tokens,
+                prefills,
+                self._numbers(getattr(output, "preempted_req_ids", None) or ()),
+                ended,
+                dropped,
+            ),
+            dropped,
+        )
+
+    def _updated(self, scheduler_output: Any, result: Any) -> None:
+        step = getattr(scheduler_output, STEP_ATTRIBUTE, None)
+        recorder = tracing.recorder(self._endpoint)
+        if step is None or recorder is None:
+            return
+        requests: list[int] = []
+        new_tokens: list[int] = []
+        finished: list[int] = []
+        members = self._members
+        for outputs in result.values() if isinstance(result, dict) else (result,):
+            for output in outputs.outputs:
+                member = members.get(output.request_id)
+                if member is None:
+                    continue
+                if output.finish_reason is not None:
+                    del members[output.request_id]
+                if member.number is not None:
+                    requests.append(member.number)
+                    new_tokens.append(len(output.new_token_ids))
+                    if output.finish_reason is not None:
+                        finished.append(member.number)
+        recorder.send(frames.Updated(StepContext(*step).span_id, perf_counter_ns(), requests, new_tokens, finished))
+
+    def _kept(self, recorder: Recorder, kind: str) -> bool:
+        """Whether a step of this kind is a trace: decided here, once, for all ranks and hosts."""
+        if self._limiter is None:
+            self._limiter = context.Limiter(recorder.settings.steps_per_second)
+        return recorder.settings.root_traces and self._limiter.allow(kind)
+
+    def _numbers(self, request_ids: Any) -> list[int]:
+        members = [self._members.get(request_id) for request_id in request_ids]
+        return [member.number for member in members if member is not None and member.number is not None]
+
+
+def follow(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`Scheduler.__init__`: follow the scheduler that is made.
+
+    Not `EngineCore.__init__`: in a process of its own the engine loads the plugins from inside that.
+    """
+    begin = tracing.guarded(EngineSteps)
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        init(self, vllm_config, *args, **kwargs)
+        begin(self, vllm_config)
+
+    return __init__
+
+
+def _prefill_tokens(request: Any) -> int:
+    """How many tokens of a request are its prefill here; where another engine did it, its last token alone is left."""
+    transfer = getattr(request, "kv_transfer_params", None)
+    remote = isinstance(transfer, dict) and bool(transfer.get("do_remote_prefill"))
+    prompt_tokens: int = request.num_prompt_tokens
+    return prompt_tokens - 1 if remote else prompt_tokens
+
+
+def _world_size(vllm_config: Any) -> int:
+    return int(getattr(getattr(vllm_config, "parallel_config", None), "world_size", 1))

@@ -1,0 +1,329 @@
+"""The front end: each request's trace is chosen when it arrives, and vLLM's own span of it gets the ids chosen then.
+
+vLLM makes `llm_request` only when a request finishes. Spans that are to be its children have to know its id long
+before: it is chosen at arrival, travels with the trace headers that vLLM passes on to its engine anyway, and is given
+to the span when vLLM makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from otel_npu import semconv
+from otel_npu.capture.context import SAMPLED
+from otel_npu.vllm import tracing
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    from otel_npu.capture.recorder import Recorder
+
+KEY: Final = "x-otel-npu-request"
+"""The private header; it never leaves vLLM."""
+
+_ANNOUNCED: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{32})-([0-9a-f]{16});(.*)", re.DOTALL)
+_ATTRIBUTE: Final = "_otel_npu_arrival"
+_LLM_REQUEST: Final = "llm_request"
+_TRACER: Final = "vllm.tracing.otel"
+_ABORT: Final = "abort"
+_propagator: Final = TraceContextTextMapPropagator()
+
+
+class Announced(NamedTuple):
+    """A sampled request: its key, its trace, the span that its spans are children of, and its id for the user."""
+
+    key: bytes
+    trace_id: bytes
+    parent_span_id: bytes
+    request_id: str
+
+    def header(self) -> str:
+        """The value of the private header."""
+        return f"{self.key.hex()}-{self.trace_id.hex()}-{self.parent_span_id.hex()};{self.request_id}"
+
+
+def announced(headers: Mapping[str, str] | None) -> Announced | None:
+    """The request that these trace headers announce, or None: it isn't sampled, or nobody has looked at it."""
+    match = _ANNOUNCED.fullmatch(headers.get(KEY, "")) if headers else None
+    if match is None:
+        return None
+    return Announced(bytes.fromhex(match[1]), bytes.fromhex(match[2]), bytes.fromhex(match[3]), match[4])
+
+
+class Arrival:
+    """What was chosen for a request when it arrived.
+
+    Attributes:
+        announced: The request, if it is sampled.
+        context: The OpenTelemetry context that is its parent's; an empty one for a root.
+        sampling: The sampler's verdict, where vLLM traces.
+        arrived_unix_ns: When it arrived.
+    """
+
+    __slots__ = ("announced", "arrived_unix_ns", "context", "ended", "sampling")
+
+    def __init__(self, announced: Announced | None, context: Context, sampling: Any, arrived_unix_ns: int) -> None:
+        self.announced = announced
+        self.context = context
+        self.sampling = sampling
+        self.arrived_unix_ns = arrived_unix_ns
+        self.ended = False
+
+
+# Arrival.
+
+
+def around_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """`OutputProcessor.add_request`, which sees every request under its final id, just before the engine does."""
+
+    def call(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        arrival = _arrive(self, request)
+        result = add_request(self, request, *args, **kwargs)
+        if arrival is not None:
+            state = self.request_states.get(request.request_id)
+            if state is not None:
+                setattr(state, _ATTRIBUTE, arrival)
+        return result
+
+    return call
+
+
+@tracing.guarded
+def _arrive(processor: Any, request: Any) -> Arrival | None:
+    recorder = _recorder(processor)
+    if recorder is None or recorder.settings.request_spans == "off":
+        return None
+    arrival = _arrival_of(processor.request_states.get(request.request_id))  # the next input of a streaming session
+    headers = dict(request.trace_headers or _callers_headers.get() or {})
+    headers.pop(KEY, None)  # of this one alone, not of another sequence of the same call
+    if arrival is None:
+        arrival = _choose(request, headers, vllm_traces=processor.tracing_enabled)
+    if arrival.announced is not None:
+        request.trace_headers = {**headers, KEY: arrival.announced.header()}
+    return arrival
+
+
+def _choose(request: Any, headers: dict[str, str], *, vllm_traces: bool) -> Arrival:
+    if not headers:
+        headers.update(_ambient_headers())
+    parent = _propagator.extract(headers, Context())
+    span_context = trace.get_current_span(parent).get_span_context()
+    key = os.urandom(8)
+    trace_id, parent_span_id, sampling = span_context.trace_id, key, None
+    if vllm_traces:
+        if not span_context.is_valid:
+            trace_id = int.from_bytes(os.urandom(16), "big")
+        sampling = _verdict(parent, trace_id)
+        sampled = sampling is None or sampling.decision.is_sampled()
+    else:
+        parent_span_id = span_context.span_id.to_bytes(8, "big")
+        sampled = span_context.is_valid and bool(span_context.trace_flags & SAMPLED) and not _always_off()
+    request_id = getattr(request, "external_req_id", None) or request.request_id
+    chosen = Announced(key, trace_id.to_bytes(16, "big"), parent_span_id, request_id) if sampled else None
+    return Arrival(chosen, parent, sampling, int(request.arrival_time * 1e9))
+
+
+def _ambient_headers() -> dict[str, str]:
+    """The parent of a request that brings none, as vLLM will look for it: an active span, or the environment."""
+    headers: dict[str, str] = {}
+    if trace.get_current_span().get_span_context().is_valid:
+        _propagator.inject(headers)
+        return headers
+    for name in ("traceparent", "tracestate"):
+        value = os.environ.get(name, os.environ.get(name.upper()))
+        if value:
+            headers[name] = value
+    return headers
+
+
+def _verdict(parent: Context, trace_id: int) -> Any:
+    """What the provider's sampler says: asked now, and held to when vLLM makes the span."""
+    sampler = getattr(trace.get_tracer_provider(), "sampler", None)
+    return None if sampler is None else sampler.should_sample(parent, trace_id, _LLM_REQUEST, trace.SpanKind.SERVER)
+
+
+def _always_off() -> bool:
+    return os.environ.get("OTEL_TRACES_SAMPLER", "").strip().lower() == "always_off"
+
+
+_callers_headers: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
+    "otel_npu_callers_headers", default=None
+)
+
+
+def around_generate(add_request: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`AsyncLLM.add_request`, which drops the caller's trace headers where vLLM doesn't trace."""
+
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _callers_headers.set(kwargs.get("trace_headers"))
+        try:
+            return await add_request(self, *args, **kwargs)
+        finally:
+            _callers_headers.reset(token)
+
+    return call
+
+
+# The end.
+
+
+def around_finished(update_stats_from_finished: Callable[..., Any]) -> Callable[..., Any]:
+    """`OutputProcessor._update_stats_from_finished`: the request has its last output."""
+
+    def call(self: Any, req_state: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
+        result = update_stats_from_finished(self, req_state, finish_reason, *args, **kwargs)
+        _end(self, req_state, str(finish_reason), time.time_ns())
+        return result
+
+    return call
+
+
+def around_tracing(do_tracing: Callable[..., Any]) -> Callable[..., Any]:
+    """`OutputProcessor.do_tracing`: vLLM makes `llm_request`, with the ids and the verdict of its arrival."""
+
+    def call(self: Any, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> Any:
+        arrival = _arrival_of(req_state)
+        if arrival is None:
+            return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
+        with _chosen(arrival):
+            return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
+
+    return call
+
+
+def around_abort(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
+    """`OutputProcessor.abort_requests`: vLLM makes no span of a request that was aborted, so it is made here."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = dict(self.request_states)
+        aborted = abort_requests(self, *args, **kwargs)
+        for request_id in aborted:
+            _aborted(self, states.get(request_id))
+        return aborted
+
+    return call
+
+
+@tracing.guarded
+def _aborted(processor: Any, state: Any) -> None:
+    arrival = _arrival_of(state)
+    if arrival is None or arrival.ended:
+        return
+    ended_unix_ns = time.time_ns()
+    if arrival.announced is not None and processor.tracing_enabled:
+        with _chosen(arrival):
+            span = trace.get_tracer(_TRACER).start_span(
+                _LLM_REQUEST,
+                context=arrival.context,
+                kind=trace.SpanKind.SERVER,
+                start_time=arrival.arrived_unix_ns,
+            )
+        # Not at the start: there a span gets those that the sampler saw, and that was at the request's arrival.
+        span.set_attributes(
+            {
+                semconv.REQUEST_ID: arrival.announced.request_id,
+                semconv.FINISH_REASONS: [_ABORT],
+                semconv.PROMPT_TOKENS: state.prompt_len,
+                semconv.COMPLETION_TOKENS: _output_tokens(state),
+                semconv.LATENCY: (ended_unix_ns - arrival.arrived_unix_ns) * 1e-9,
+            }
+        )
+        span.end(ended_unix_ns)
+    _end(processor, state, _ABORT, ended_unix_ns)
+
+
+@tracing.guarded
+def _end(processor: Any, state: Any, reason: str, ended_unix_ns: int) -> None:
+    arrival, recorder = _arrival_of(state), _recorder(processor)
+    if arrival is None or arrival.announced is None or arrival.ended or recorder is None:
+        return
+    arrival.ended = True
+    recorder.send(frames.RequestEnd(arrival.announced.key, ended_unix_ns, _output_tokens(state), reason))
+
+
+def _output_tokens(state: Any) -> int:
+    stats, detokenizer = state.stats, state.detokenizer
+    if stats is not None:
+        return int(stats.num_generation_tokens)
+    return 0 if detokenizer is None else int(detokenizer.num_output_tokens())
+
+
+def _arrival_of(state: Any) -> Arrival | None:
+    return getattr(state, _ATTRIBUTE, None)
+
+
+def _recorder(processor: Any) -> Recorder | None:
+    # The flag's endpoint is what vLLM's tracer has put into the environment; without the flag nothing has.
+    return tracing.recorder(lambda: tracing.environment_endpoint() if processor.tracing_enabled else None)
+
+
+# vLLM's provider.
+
+_forced: contextvars.ContextVar[Arrival | None] = contextvars.ContextVar("otel_npu_forced", default=None)
+
+
+@contextlib.contextmanager
+def _chosen(arrival: Arrival) -> Iterator[None]:
+    """The span that is started inside has the ids and the verdict of its request's arrival."""
+    _prepare_provider()
+    token = _forced.set(arrival)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@tracing.guarded
+def _prepare_provider() -> None:
+    provider: Any = trace.get_tracer_provider()
+    if not hasattr(provider, "id_generator") or hasattr(provider, "_otel_npu_prepared"):
+        return
+    generator, sampler = provider.id_generator, provider.sampler
+    # Wrapped on the objects: whatever else they can do, and whatever class they are of, stays as it is.
+    provider.id_generator = _Instead(generator, generate_trace_id=_trace_id, generate_span_id=_span_id)
+    provider.sampler = _Instead(sampler, should_sample=_sampling)
+    provider._otel_npu_prepared = True
+
+
+class _Instead:
+    """An object with some of its methods replaced; each gets the one that it replaces."""
+
+    def __init__(self, inner: Any, **methods: Callable[..., Any]) -> None:
+        self._inner = inner
+        for name, method in methods.items():
+            setattr(self, name, functools.partial(method, getattr(inner, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _trace_id(generate: Callable[[], int]) -> int:
+    arrival = _forced.get()
+    if arrival is None or arrival.announced is None:
+        return generate()
+    return int.from_bytes(arrival.announced.trace_id, "big")
+
+
+def _span_id(generate: Callable[[], int]) -> int:
+    arrival = _forced.get()
+    if arrival is None or arrival.announced is None:
+        return generate()
+    return int.from_bytes(arrival.announced.key, "big")
+
+
+def _sampling(should_sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    arrival = _forced.get()
+    if arrival is None or arrival.sampling is None:
+        return should_sample(*args, **kwargs)
+    return arrival.sampling

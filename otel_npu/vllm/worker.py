@@ -1,0 +1,331 @@
+"""A worker's steps and stages: what vLLM and vllm-ascend run on the device, in the scopes that they mark."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_npu import semconv
+from otel_npu.capture import switch
+from otel_npu.capture.context import Ids
+from otel_npu.capture.stages import HostStage, Stage, new_stage
+from otel_npu.capture.steps import Rank, Step
+from otel_npu.vllm import stages, tracing
+from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from otel_npu.capture.recorder import Recorder
+
+_DUMMY: Final = "dummy"
+_FORWARD: Final = "forward"
+
+
+class _Thread(threading.local):
+    """The worker's step that is open on this thread, if its stages are wanted."""
+
+    step: Step | None = None
+
+
+_thread = _Thread()
+
+
+class WorkerSteps:
+    """The steps of one worker, each from `execute_model` to the call that returns its output."""
+
+    def __init__(self, worker: Any) -> None:
+        config = worker.vllm_config
+        self._endpoint = tracing.config_endpoint(config)
+        self.rank, self.attributes = _rank(worker.rank, config.parallel_config)
+        self.warming_up = False
+        self._step: Step | None = None
+
+    def open(self, scheduler_output: Any) -> None:
+        """A step begins, if it runs the model."""
+        self.close()
+        recorder = self._recorder()
+        if recorder is None or not scheduler_output.total_num_scheduled_tokens:
+            return
+        told = getattr(scheduler_output, STEP_ATTRIBUTE, None)
+        if told is None:
+            self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
+            return
+        context = StepContext(*told)
+        kept = bool(context.trace_id)
+        ids = Ids(context.trace_id, os.urandom(8) if kept else b"", context.span_id)
+        step = Step(recorder, context.kind, (), dict(self.attributes) if kept else None, ids=ids, rank=self.rank)
+        self._open(step)
+        step.number = context.number  # the engine's, so that it is the same on every rank
+
+    def open_dummy(self) -> None:
+        """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""
+        self.close()
+        recorder = self._recorder()
+        if recorder is not None:
+            self._open(Step(recorder, _DUMMY, (), dict(self.attributes), rank=self.rank))
+
+    def close(self, error: type[BaseException] | None = None) -> None:
+        """The open step, if there is one, is over."""
+        step, self._step, _thread.step = self._step, None, None
+        if step is not None:
+            step.close(error)
+
+    def _open(self, step: Step) -> None:
+        step.open()
+        if step.closed_ns == 0:
+            self._step = _thread.step = step
+
+    def _recorder(self) -> Recorder | None:
+        return None if self.warming_up else tracing.recorder(self._endpoint)
+
+
+_workers: weakref.WeakKeyDictionary[Any, WorkerSteps] = weakref.WeakKeyDictionary()
+
+
+def _of(worker: Any) -> WorkerSteps:
+    steps = _workers.get(worker)
+    if steps is None:
+        steps = _workers[worker] = WorkerSteps(worker)
+    return steps
+
+
+@tracing.guarded
+def _begin(worker: Any, scheduler_output: Any) -> None:
+    _of(worker).open(scheduler_output)
+
+
+@tracing.guarded
+def _begin_dummy(worker: Any) -> None:
+    _of(worker).open_dummy()
+
+
+@tracing.guarded
+def _end(worker: Any, error: type[BaseException] | None = None) -> None:
+    _of(worker).close(error)
+
+
+@tracing.guarded
+def _warm_up(worker: Any, *, on: bool) -> None:
+    _of(worker).warming_up = on
+
+
+def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    """`Worker.execute_model`: the step begins; it ends here if the output is returned, or nobody will sample."""
+
+    def call(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        _begin(self, scheduler_output)
+        try:
+            output = execute_model(self, scheduler_output, *args, **kwargs)
+        except BaseException as error:
+            _end(self, type(error))
+            raise
+        if output is not None or not _samples(self):
+            _end(self)
+        return output
+
+    return call
+
+
+def around_sample_tokens(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    """`Worker.sample_tokens`: the step ends."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            output = sample_tokens(self, *args, **kwargs)
+        except BaseException as error:
+            _end(self, type(error))
+            raise
+        _end(self)
+        return output
+
+    return call
+
+
+def around_dummy_batch(execute_dummy_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """`Worker.execute_dummy_batch`: an idle data-parallel rank runs the model because the others wait for it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _begin_dummy(self)
+        try:
+            with _dummy_forward():
+                output = execute_dummy_batch(self, *args, **kwargs)
+        except BaseException as error:
+            _end(self, type(error))
+            raise
+        _end(self)
+        return output
+
+    return call
+
+
+def around_warm_up(compile_or_warm_up_model: Callable[..., Any]) -> Callable[..., Any]:
+    """`Worker.compile_or_warm_up_model`: its steps are none of a request's."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _warm_up(self, on=True)
+        try:
+            return compile_or_warm_up_model(self, *args, **kwargs)
+        finally:
+            _warm_up(self, on=False)
+
+    return call
+
+
+def _samples(worker: Any) -> bool:
+    """Whether `sample_tokens` follows: not for pooling, and not in versions that have no such call."""
+    return hasattr(worker, "sample_tokens") and not getattr(worker.model_runner, "is_pooling_model", False)
+
+
+# Scopes.
+
+
+def scope(name: str) -> contextlib.AbstractContextManager[None]:
+    """A scope of vLLM's or vllm-ascend's: a stage of the worker's step that is open on this thread, else nothing."""
+    step = _thread.step
+    if step is None or step.kind == _DUMMY or switch.current_recorder() is not step.recorder:
+        return _NOTHING
+    entry = stages.canonical(name)
+    if entry.timing is stages.IGNORED:
+        return _NOTHING
+    if entry.name == _FORWARD and step.attributes is not None:
+        _add_graph_mode(step.attributes)
+    return new_stage(
+        HostStage if entry.timing is stages.HOST else Stage, step.recorder.local, entry.name, entry.attributes
+    )
+
+
+_NOTHING: Final = contextlib.nullcontext()
+
+
+def take_slot(record_function_or_nullcontext: Callable[..., Any]) -> Callable[..., Any]:
+    """`vllm.v1.utils.record_function_or_nullcontext`: vLLM keeps a slot for what it is to call; ours goes there.
+
+    What would have been called is called too. vLLM itself chooses it, at the first scope, by its own settings.
+    """
+    module = record_function_or_nullcontext.__globals__
+    if "_PROFILER_FUNC" not in module:  # before there was a slot
+        return _beside(record_function_or_nullcontext)
+    there = module["_PROFILER_FUNC"]
+
+    def first(name: str) -> Any:
+        module["_PROFILER_FUNC"] = None
+        record_function_or_nullcontext(name)  # chooses, and puts its choice into the slot
+        module["_PROFILER_FUNC"] = _beside(module["_PROFILER_FUNC"])
+        return module["_PROFILER_FUNC"](name)
+
+    module["_PROFILER_FUNC"] = _beside(there) if there is not None else first
+    return record_function_or_nullcontext
+
+
+def _beside(other: Callable[..., Any] | None) -> Callable[[str], Any]:
+    """Our scope, with another round it that somebody else has asked for."""
+    if other is None or other is contextlib.nullcontext:
+        return scope
+
+    def both(name: str) -> Any:
+        ours = scope(name)
+        return other(name) if ours is _NOTHING else _Both(other(name), ours)
+
+    return both
+
+
+class _Both:
+    """Two scopes as one."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._inner.__exit__(*error)
+        finally:
+            self._outer.__exit__(*error)
+
+
+def staged(raw_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method without a scope of its own: all of it is the stage of this raw name, what it overrides included."""
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with scope(raw_name) if not _is_open(raw_name) else _NOTHING:
+                return method(*args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+def _is_open(raw_name: str) -> bool:
+    last = _thread.step.stages[-1] if _thread.step is not None and _thread.step.stages else None
+    return last is not None and not last.exited_ns and last.name == stages.canonical(raw_name).name
+
+
+def forward_inside(set_forward_context: Callable[..., Any]) -> Callable[..., Any]:
+    """Model runner V2's `set_forward_context`: three of the four ways in which its forward runs stand inside it."""
+
+    @contextlib.contextmanager
+    def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with set_forward_context(*args, **kwargs) as entered, scope(_FORWARD):
+            yield entered
+
+    return call
+
+
+def capture_async(_: Callable[..., Any]) -> Callable[..., Any]:
+    """vllm-ascend's `ProfileExecuteDuration.capture_async`: a scope like any other, with no events of its own."""
+
+    def call(_self: Any, duration_tag: str) -> contextlib.AbstractContextManager[None]:
+        return scope(duration_tag)
+
+    return call
+
+
+def pop_captured_sync(_: Callable[..., Any]) -> Callable[..., Any]:
+    """vllm-ascend's `pop_captured_sync`, which it calls in every step: there is nothing to pop and to wait for."""
+
+    def call(_self: Any) -> dict[str, float]:
+        return {}
+
+    return call
+
+
+@contextlib.contextmanager
+def _dummy_forward() -> Iterator[None]:
+    step = _thread.step
+    if step is None:
+        yield
+        return
+    with new_stage(Stage, step.recorder.local, _FORWARD, {}):
+        yield
+
+
+def _add_graph_mode(attributes: dict[str, Any]) -> None:
+    forward_context = sys.modules.get("vllm.forward_context")
+    mode = getattr(getattr(forward_context, "_forward_context", None), "cudagraph_runtime_mode", None)
+    name = getattr(mode, "name", None)
+    if isinstance(name, str):
+        attributes[semconv.GRAPH_MODE] = name.lower()
+
+
+def _rank(number: int, parallel: Any) -> tuple[Rank, dict[str, int]]:
+    """Which rank this is, and its place in each kind of parallelism.
+
+    As vLLM lays ranks out: tensor-parallel ranks next to one another, then pipeline stages; the engine waits for the
+    first tensor-parallel rank of the last stage.
+    """
+    across = parallel.tensor_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
+    place = {
+        semconv.TP_RANK: number % parallel.tensor_parallel_size,
+        semconv.PP_RANK: number // across,
+        semconv.DP_RANK: getattr(parallel, "data_parallel_rank", 0),
+    }
+    return Rank(number, returns_output=number == parallel.world_size - across), place
