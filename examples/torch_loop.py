@@ -2,7 +2,7 @@
 
 Runs on an NPU where torch_npu is installed, else on the CPU; there the stages are timed by the host.
 
-    OTEL_NPU_ENABLED=1 python examples/decode_loop.py --tokens 200
+    OTEL_NPU_ENABLED=1 python examples/torch_loop.py --tokens 200
 """
 
 from __future__ import annotations
