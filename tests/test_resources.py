@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from opentelemetry.sdk.resources import Resource
 
+from otel_npu import semconv
 from otel_npu._version import __version__
 from otel_npu.relay.resources import resource_of
 from tests.built import hello
@@ -89,3 +90,9 @@ def test_the_relays_own_environment_adds_nothing(monkeypatch: pytest.MonkeyPatch
     assert isinstance(resource, Resource)
     assert resource.attributes["service.name"] == "chat"
     assert "only.here" not in resource.attributes
+
+
+def test_a_process_without_stages_has_no_device() -> None:
+    attributes = resource_of(hello(device_kind="", device_name="")).attributes
+    assert semconv.DEVICE_TYPE not in attributes
+    assert semconv.DEVICE_NAME not in attributes

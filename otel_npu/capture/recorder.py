@@ -349,7 +349,8 @@ class Recorder:
             executable=_utf8(sys.executable or ""),
             service_name=_utf8(os.environ.get("OTEL_SERVICE_NAME", "")),
             resource_attributes=_utf8(os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")),
-            device_kind=self.device.kind,
+            # A front end or a scheduler uses none; whoever does settles the question with its first step.
+            device_kind="" if self.device_is_open_question else self.device.kind,
             device_name=self._device_name(),
             device_resolution_ns=self.device.resolution_ns,
         )

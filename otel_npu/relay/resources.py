@@ -27,11 +27,12 @@ def resource_of(hello: Hello) -> Resource:
         semconv.SERVICE_INSTANCE_ID: hello.instance_id,
         semconv.PROCESS_PID: hello.pid,
         semconv.HOST_NAME: hello.host,
-        semconv.DEVICE_TYPE: hello.device_kind,
         "telemetry.sdk.language": "python",
         "telemetry.sdk.name": "otel-npu",
         "telemetry.sdk.version": __version__,
     }
+    if hello.device_kind:
+        attributes[semconv.DEVICE_TYPE] = hello.device_kind
     if hello.device_name:
         attributes[semconv.DEVICE_NAME] = hello.device_name
     given = _parse(hello.resource_attributes)

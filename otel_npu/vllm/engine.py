@@ -59,6 +59,7 @@ class EngineSteps:
 
     def __init__(self, scheduler: Any, vllm_config: Any) -> None:
         self._endpoint = tracing.config_endpoint(vllm_config)
+        tracing.recorder(self._endpoint)  # now: a relay takes a moment to start
         self._ranks = _world_size(vllm_config)
         self._members: dict[str, _Member] = {}
         self._request_numbers = itertools.count(1)

@@ -42,7 +42,7 @@ class WorkerSteps:
         config = worker.vllm_config
         self._endpoint = tracing.config_endpoint(config)
         self.rank, self.attributes = _rank(worker.rank, config.parallel_config)
-        self.warming_up = False
+        self._warming_up = False
         self._step: Step | None = None
 
     def open(self, scheduler_output: Any) -> None:
@@ -69,6 +69,11 @@ class WorkerSteps:
         if recorder is not None:
             self._open(Step(recorder, _DUMMY, (), dict(self.attributes), rank=self.rank))
 
+    def warm_up(self, *, on: bool) -> None:
+        """Warm-up begins, and its steps are nothing; or it is over, and the recorder is there before the first step."""
+        self._warming_up = on
+        self._recorder()
+
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
         step, self._step, _thread.step = self._step, None, None
@@ -81,7 +86,7 @@ class WorkerSteps:
             self._step = _thread.step = step
 
     def _recorder(self) -> Recorder | None:
-        return None if self.warming_up else tracing.recorder(self._endpoint)
+        return None if self._warming_up else tracing.recorder(self._endpoint)
 
 
 _workers: weakref.WeakKeyDictionary[Any, WorkerSteps] = weakref.WeakKeyDictionary()
@@ -111,7 +116,7 @@ def _end(worker: Any, error: type[BaseException] | None = None) -> None:
 
 @tracing.guarded
 def _warm_up(worker: Any, *, on: bool) -> None:
-    _of(worker).warming_up = on
+    _of(worker).warm_up(on=on)
 
 
 def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any]:
