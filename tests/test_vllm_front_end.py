@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,9 @@ class Provider:
 
     def spans(self) -> list[ReadableSpan]:
         return list(self._exporter.get_finished_spans())
+
+    def forget(self) -> None:
+        self._exporter.clear()
 
     def ids(self) -> list[tuple[int, int, int | None]]:
         """Trace id, span id and the parent's span id of each span."""
@@ -263,6 +267,19 @@ def test_an_unsampled_request_that_is_aborted_has_none(captured: Captured, provi
     processor.abort_requests(["id-0"])
     assert not provider.spans()
     assert not ends(captured)
+
+
+def test_nothing_is_left_of_100000_requests(captured: Captured, provider: Provider) -> None:
+    processor = Processor()
+    for number in range(100_000):
+        processor.add_request(request())
+        if number % 2:
+            processor.finish("id-0")
+        else:
+            processor.abort_requests(["id-0"])
+        provider.forget()
+    gc.collect()
+    assert not [made for made in gc.get_objects() if isinstance(made, front_end.Arrival)]
 
 
 # Where vLLM itself doesn't trace.
