@@ -137,7 +137,7 @@ class TestDemo:
 
     def test_without_an_endpoint_it_says_how_to_get_one(self, shown: str) -> None:
         assert f"All {STEPS * 8} spans came to this command over OTLP and went nowhere else" in shown
-        assert "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.11.0" in shown
+        assert "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.20.0" in shown
         # By the name or the path by which it can be called here.
         assert re.search(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 \S*otel-npu demo", shown)
 

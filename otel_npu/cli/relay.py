@@ -11,8 +11,11 @@ import typer
 from otel_npu.settings import SESSION
 
 
-def run() -> NoReturn:
+def run(*, wait: bool) -> NoReturn:
     """Become the relay.
+
+    Args:
+        wait: Whether to wait for the end of a relay that serves the session already.
 
     Raises:
         typer.Exit: There is no session to serve.
@@ -30,4 +33,5 @@ def run() -> NoReturn:
     # In place of this process: signals reach the relay itself, and the command line's own modules are gone from
     # its memory. The working directory must not shadow modules.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    os.execve(sys.executable, [sys.executable, "-m", "otel_npu.relay"], environment)  # noqa: S606
+    command = [sys.executable, "-m", "otel_npu.relay", *(["--wait"] if wait else [])]
+    os.execve(sys.executable, command, environment)  # noqa: S606

@@ -8,11 +8,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Final
 
 from otel_npu.relay.server import Server
 from otel_npu.wire import rendezvous
 
 _log = logging.getLogger("otel_npu.relay")
+
+_LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 def serve(listener: socket.socket, path: Path, *, stay: bool) -> None:
@@ -21,28 +24,53 @@ def serve(listener: socket.socket, path: Path, *, stay: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server.from_environment(listener, stay=stay)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     server.run(leave=lambda: rendezvous.withdraw(path))
+
+
+def claim(path: Path, *, wait: bool) -> socket.socket:
+    """A listening socket at this path.
+
+    Args:
+        path: The session's socket.
+        wait: Whether to wait for the end of a relay that serves it already.
+
+    Raises:
+        RendezvousError: Another relay serves it, and is not to be waited for.
+    """
+    waits = False
+    while True:
+        with rendezvous.session_lock(path):
+            other = rendezvous.connect(path)
+            if other is None:
+                return rendezvous.listen(path)
+            other.close()  # to listen there too would take its name away from it
+        if not wait:
+            raise rendezvous.RendezvousError(f"a relay serves {path} already")
+        if not waits:
+            waits = True
+            _log.warning("a relay serves %s already; waiting for its end", path)
+        # There is nothing to drain.
+        if signal.sigtimedwait({signal.SIGTERM}, _LOOK_AGAIN_SECONDS) is not None:
+            sys.exit(0)
 
 
 def main() -> int:
     """Run the relay; returns the process's exit code."""
+    # Until it is handled it is to wait: to the first process of a container it would otherwise be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     logging.basicConfig(format="%(levelname)s %(asctime)s [%(name)s] %(message)s")
     parser = argparse.ArgumentParser(prog="python -m otel_npu.relay", description=__doc__)
     parser.add_argument("--listener", type=int, help="descriptor of a listening socket")
     parser.add_argument("--socket", type=Path, help="the socket's path; from the session without it")
+    parser.add_argument("--wait", action="store_true", help="wait for the end of a relay that serves it already")
     arguments = parser.parse_args()
     try:
         path = arguments.socket or rendezvous.socket_path(rendezvous.session_id())
         if arguments.listener is not None:
             serve(socket.socket(fileno=arguments.listener), path, stay=False)
         else:
-            with rendezvous.session_lock(path):
-                other = rendezvous.connect(path)
-                if other is not None:  # to listen there too would take its name away from it
-                    other.close()
-                    raise rendezvous.RendezvousError(f"a relay serves {path} already")
-                listener = rendezvous.listen(path)
-            serve(listener, path, stay=True)
+            serve(claim(path, wait=arguments.wait), path, stay=True)
     except OSError as error:
         _log.error("the relay can't run: %s", error)
         return 1

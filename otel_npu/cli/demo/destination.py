@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_ENDPOINTS: Final = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 _SERVICE: Final = "otel-npu-demo"
-_JAEGER: Final = "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.11.0"
+_JAEGER: Final = "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.20.0"
 _JAEGER_ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317"
 _JAEGER_PAGE: Final = "http://localhost:16686"
 
