@@ -284,6 +284,24 @@ def test_a_relay_that_is_killed_is_started_again_and_its_loss_is_counted(
     worker.leave()
 
 
+def test_who_kills_a_process_and_all_its_descendants_leaves_the_relay(programs: Programs, receiver: Receiver) -> None:
+    worker = programs.start(receiver.grpc_environment)
+    worker.ask("steps(2)")
+    eventually(lambda: len(programs.relays()) == 1, "there is a relay")
+    assert programs.relay() not in descendants(worker.pid)
+    for pid in (*descendants(worker.pid), worker.pid):
+        os.kill(pid, signal.SIGKILL)
+    receiver.wait_for(2, "worker_step")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below this one."""
+    found: list[int] = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
 def test_what_a_killed_worker_has_sent_arrives(programs: Programs, receiver: Receiver) -> None:
     worker = programs.start(receiver.grpc_environment)
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -41,7 +40,7 @@ class RelayLink:
         self._drops = drops
         self.failing = False
         """Whether the last try to find or start a relay failed."""
-        self._process: subprocess.Popen[bytes] | None = None
+        self._relay: rendezvous.StartedRelay | None = None
         self._thread: threading.Thread | None = None
         self._retry_at = 0.0
         self._retry_seconds = _RETRY_SECONDS
@@ -54,8 +53,9 @@ class RelayLink:
         """Connect if there is no connection. Called often, by the idle thread."""
         if self._channel.hung_up():
             self._drops.add(semconv.RELAY_LOST)
-        if self._process is not None and self._process.poll() is not None:
-            self._process = None
+        if self._relay is not None and self._relay.wait(0):
+            self._relay.close()
+            self._relay = None
         if self._channel.connected or time.monotonic() < self._retry_at:
             return
         try:
@@ -77,20 +77,18 @@ class RelayLink:
         self._channel.close()
         if self._thread is not None:
             self._thread.join(timeout_seconds)
-        if self._process is not None:
-            try:
-                self._process.wait(timeout_seconds)
-            except subprocess.TimeoutExpired:
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            if not relay.wait(timeout_seconds):
                 _log.debug("the relay goes on without this process: it has other clients, or more to export")
-            # It has a life of its own, so `Popen` must not complain that it is still there.
-            self._process.returncode = self._process.returncode or 0
+            relay.close()
 
     def _meet(self) -> socket.socket:
-        connection, process = rendezvous.connect_or_start(
+        connection, relay = rendezvous.connect_or_start(
             rendezvous.socket_path(rendezvous.session_id()), self._environment
         )
-        if process is not None:
-            self._process = process
+        if relay is not None:
+            self._relay = relay
         return connection
 
     def _start_thread(self) -> socket.socket:

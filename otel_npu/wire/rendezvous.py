@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import socket
 import stat
 import struct
@@ -26,6 +27,17 @@ from otel_npu.settings import SESSION
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+# A process of its own that starts the relay and ends at once: so nobody is the relay's parent.
+_DETACH: Final = """
+import os, sys
+life, relay = int(sys.argv[1]), sys.argv[2:]
+if os.fork():
+    os._exit(0)
+os.setsid()
+os.write(life, b"%d" % os.getpid())
+os.execv(relay[0], relay)
+"""
+_START_SECONDS: Final = 30.0
 SEND_BUFFER_BYTES: Final = 2 * 1024 * 1024
 _BACKLOG: Final = 128
 _PEER_CREDENTIALS: Final = struct.Struct("iII")
@@ -148,10 +160,36 @@ def withdraw(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class StartedRelay:
+    """A relay that was started here, and is no child of this process.
+
+    Who stops a server by killing all that descends from it, as vLLM does with its engine, would else kill the relay
+    with the last spans in it.
+
+    Attributes:
+        pid: Its process.
+    """
+
+    def __init__(self, life: int) -> None:
+        self._life = life
+        """The reading end of a pipe whose other end lives as long as the relay."""
+        self.pid = int(os.read(life, 32))
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait for its end, so long at most; whether it has ended."""
+        poll = select.poll()
+        poll.register(self._life, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout_seconds) * 1000))
+
+    def close(self) -> None:
+        """Wait for it no more."""
+        os.close(self._life)
+
+
 def connect_or_start(
     path: Path, environment: Mapping[str, str] | None = None
-) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
-    """A connection to the session's relay, and the relay's process if it was started here.
+) -> tuple[socket.socket, StartedRelay | None]:
+    """A connection to the session's relay, and the relay if it was started here.
 
     Args:
         path: The session's socket.
@@ -169,24 +207,35 @@ def connect_or_start(
         if connection is not None:
             return connection, None
         with listen(path) as listener:
-            process = _start(listener, path, environment or {})
+            relay = _start(listener, path, environment or {})
             connection = connect(path)
     if connection is None:
         raise RendezvousError(f"the relay's socket {path} took no connection")
-    return connection, process
+    return connection, relay
 
 
-def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> StartedRelay:
     environment = {**os.environ, **more}
     environment["OTEL_NPU_ENABLED"] = "0"
     # The working directory stays, because exporters take relative paths, but must not shadow modules.
     environment["PYTHONSAFEPATH"] = "1"
     package_root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package_root)))
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "otel_npu.relay", "--listener", str(listener.fileno()), "--socket", str(path)],
-        pass_fds=[listener.fileno()],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
+    relay = [sys.executable, "-m", "otel_npu.relay", "--listener", str(listener.fileno()), "--socket", str(path)]
+    life, relays_end = os.pipe()
+    try:
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-I", "-S", "-c", _DETACH, str(relays_end), *relay],
+            pass_fds=[listener.fileno(), relays_end],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+            check=True,
+            timeout=_START_SECONDS,
+        )
+        return StartedRelay(life)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        os.close(life)
+        raise RendezvousError(f"the relay can't be started: {error}") from error
+    finally:
+        os.close(relays_end)
