@@ -229,7 +229,7 @@ DROP_REASONS: Final = (
     Term(INTERNAL_ERROR, "{error}", "A fault of otel-npu's own; the log has it."),
     Term(RELAY_LOST, "{relay}", "A relay ended early; what it held is lost. Another was started."),
     Term(REQUEST_UNFINISHED, "{request}", "The engine went away before the request's end was known: no spans of it."),
-    Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the oldest."),
+    Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the newest."),
     Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full."),
     Term(EXPORT_FAILED, "{span}", "The receiver refused the spans or could not be reached."),
 )

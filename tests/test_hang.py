@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import otel_npu
-from otel_npu.capture import hang, switch
+from otel_npu.capture import context, hang, switch
+from otel_npu.capture.steps import Step
 from otel_npu.devices.simulated import SimulatedEvent
 from otel_npu.wire import frames
 from tests.capturing import SECOND, Captured, Clock, Exported, capturing, chosen, simulated, wait_until
@@ -175,3 +176,16 @@ def test_where_no_trace_may_begin_it_is_a_line_and_no_span(
         captured.clock.ns += 2000 * SECOND
         captured.finish()
         assert captured.unfinished() == []
+
+
+def test_a_hanging_step_of_an_engine_that_is_no_trace_stays_the_engines(watched: Captured) -> None:
+    ids = context.Ids(b"", b"", b"E" * 8)
+    step = Step(watched.recorder, "decode", ids=ids).open()
+    watched.stage("forward", 1000 * SECOND)
+    step.close()
+    wait_until(watched.unfinished)
+    (report,) = watched.unfinished()
+    assert report.trace_id
+    assert not report.parent_span_id
+    told = watched.step()
+    assert (told.trace_id, told.parent_span_id) == (b"", b"E" * 8)

@@ -648,14 +648,14 @@ def test_a_long_decode_is_summed_up(joined: Joined) -> None:
     assert len(joined.children(joined.only("decode"))) == 1
 
 
-def test_of_too_many_requests_at_once_the_oldest_is_given_up(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joiner, "MAX_REQUESTS", 10)
     joined.open(*range(1, 12))
     assert joined.drops.take_line() == "1 too_many_requests"
-    joined.step(1, 1, 2, prefill=True, finished=[1, 2])
+    joined.step(1, 1, 11, prefill=True, finished=[1, 11])
     joined.end(1, 1)
-    joined.end(2, 1)
-    assert [parent_id(span) for span in joined.named("queue")] == [2]
+    joined.end(11, 1)
+    assert [parent_id(span) for span in joined.named("queue")] == [1]
 
 
 def test_nothing_is_kept_of_100000_requests(joined: Joined) -> None:

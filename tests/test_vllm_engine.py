@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,12 @@ def request(request_id: str, prompt_tokens: int = 4, *, sampled: bool = True, re
         num_computed_tokens=prompt_tokens - 1 if remote else 0,
         kv_transfer_params={"do_remote_prefill": True} if remote else None,
     )
+
+
+@pytest.fixture(autouse=True)
+def numbers_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own."""
+    monkeypatch.setattr(engine, "_request_numbers", itertools.count(1))
 
 
 @pytest.fixture
@@ -186,6 +193,24 @@ def test_nothing_is_left_of_100000_requests(captured: Captured) -> None:
         del scheduler.requests[request_id]
     scheduler.schedule({})
     assert not steps._members
+
+
+def test_two_engines_of_one_process_number_their_requests_together(captured: Captured) -> None:
+    for name in ("a", "b"):
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        scheduler.add_request(request(name))
+    assert [frame.number for frame in told(captured, frames.Request)] == [1, 2]
+
+
+def test_a_session_with_its_inputs_in_a_stream_is_no_request(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a", sampled=False))
+    output = scheduler.schedule({"a": 4})
+    scheduler.update_from_output(output, {"a": (1, "stop")})
+    scheduler.add_request(request("a", sampled=False))
+    scheduler.schedule({"a": 4})
+    assert not told(captured, frames.Request)
+    assert told(captured, frames.Scheduled)[0].kind == "prefill"
 
 
 def test_a_scheduler_that_answers_strangely_is_not_disturbed(captured: Captured) -> None:

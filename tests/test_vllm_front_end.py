@@ -76,6 +76,27 @@ class Processor:
     abort_requests = front_end.around_abort(abort_requests)
 
 
+class OldProcessor(Processor):
+    """As in vLLM 0.11 and 0.13: it holds one tracer, made at start-up, which copies what it needs of the provider."""
+
+    def __init__(self, provider: Provider) -> None:
+        super().__init__()
+        del self.tracing_enabled
+        self.tracer = provider.provider.get_tracer("vllm.llm_engine")
+
+    def finish(self, request_id: str) -> None:
+        state = self.request_states.pop(request_id)
+        self._update_stats_from_finished(state, "stop")
+        self.do_tracing(types.SimpleNamespace(trace_headers=state.trace_headers), state)
+
+    def do_tracing(self, engine_core_output: Any, req_state: Any) -> None:
+        context = TraceContextTextMapPropagator().extract(engine_core_output.trace_headers or {})
+        with self.tracer.start_as_current_span("llm_request", context, trace.SpanKind.SERVER):
+            pass
+
+    do_tracing = front_end.around_tracing(do_tracing)
+
+
 class Counting(Sampler):
     """Samples every other request that it is asked about."""
 
@@ -223,6 +244,53 @@ def test_the_users_id_of_the_request_is_told_whatever_is_in_it(captured: Capture
     made = request()
     made.external_req_id = "a;b-c\nd"
     assert arrive(Processor(), made).request_id == "a;b-c\nd"
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_vllm_of_one_tracer_gives_its_span_the_ids_too(
+    captured: Captured, provider: Provider, *, aborted: bool
+) -> None:
+    processor = OldProcessor(provider)
+    told = arrive(processor, request(headers={"traceparent": CALLER}))
+    if aborted:
+        processor.abort_requests(["id-0"])
+    else:
+        processor.finish("id-0")
+    assert provider.ids() == [(0xABC, numbers(told)[1], 0xDEF)]
+    assert [end.key for end in ends(captured)] == [told.key]
+
+
+def test_vllm_of_one_tracer_is_held_to_the_verdict_of_the_arrival_too(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Counting()
+    provider = Provider(monkeypatch, sampler)
+    processor = OldProcessor(provider)
+    for number in range(3):
+        processor.add_request(request(f"id-{number}"))
+    for number in range(3):
+        processor.finish(f"id-{number}")
+    assert sampler.asked == 3
+    assert len(provider.spans()) == 2
+
+
+def test_vllm_before_it_traced_requests_is_left_in_peace(captured: Captured) -> None:
+    made = request()
+    del made.trace_headers
+    made.trace_headers_ = None
+    with pytest.raises(AttributeError):  # its own, of this test's processor
+        Processor(tracing_enabled=False).add_request(made)
+    assert captured.recorder.drops.take_unsent() == {}
+
+
+def test_a_session_with_its_inputs_in_a_stream_has_no_request_spans(captured: Captured, provider: Provider) -> None:
+    processor = Processor()
+    made = request()
+    made.resumable = True
+    processor.add_request(made)
+    last = request()
+    processor.add_request(last)  # the end of the session, which is not resumable itself
+    assert announced(made.trace_headers) is announced(last.trace_headers) is None
 
 
 def test_other_spans_of_the_provider_keep_their_own_ids(captured: Captured, provider: Provider) -> None:

@@ -412,3 +412,12 @@ class TestImports:
         hooks.install([hook()])
         with pytest.raises(ZeroDivisionError):
             core()
+
+
+def test_a_class_that_is_none_for_want_of_what_it_needs_is_left_alone_without_a_word(
+    write: Callable[..., None], warnings: Callable[[], list[str]]
+) -> None:
+    write({MODULE: "Wrapper = None"})
+    hooks.install([hook("Wrapper.execute")])
+    assert core().Wrapper is None
+    assert not warnings()

@@ -123,6 +123,7 @@ def unbegun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from otel_npu.capture import switch
 
     monkeypatch.setattr(tracing, "_begun", False)
+    monkeypatch.setattr(tracing, "_failed", False)
     monkeypatch.setattr(switch, "_decided", False)
     yield
     sys.modules["otel_npu"].disable()
@@ -156,5 +157,19 @@ def test_a_configuration_that_can_not_be_read_leaves_tracing_off(
 
     with caplog.at_level(logging.ERROR):
         tracing.recorder(endpoint)
+        assert tracing.recorder(endpoint) is None
     (record,) = caplog.records
     assert "vLLM is not affected" in record.getMessage()
+
+
+def test_spans_that_had_a_way_before_vllm_named_another_keep_it_and_a_line_says_so(
+    unbegun: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import otel_npu
+
+    monkeypatch.setenv("OTEL_NPU_ENABLED", "1")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    otel_npu.enable()
+    assert tracing.recorder(lambda: "collector:4317") is not None
+    (record,) = caplog.records
+    assert "tracing was on before vLLM said" in record.getMessage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import types
 from typing import TYPE_CHECKING, Any
@@ -210,14 +211,34 @@ def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured)
 
 
 def test_the_graph_mode_of_the_forward_is_told(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     mode = types.SimpleNamespace(cudagraph_runtime_mode=types.SimpleNamespace(name="FULL"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", types.SimpleNamespace(_forward_context=mode))
     Worker().execute_model(output(result="output"))
     step = captured.step()
     assert step.attributes is not None
     assert step.attributes[semconv.GRAPH_MODE] == "full"
+
+
+def test_the_graph_mode_is_told_where_the_forward_context_begins_inside_the_forward(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def set_ascend_forward_context() -> Any:
+        mode = types.SimpleNamespace(cudagraph_runtime_mode=types.SimpleNamespace(name="PIECEWISE"))
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "vllm.forward_context", types.SimpleNamespace(_forward_context=mode))
+            yield
+
+    def run() -> None:
+        with hooks.scope("forward"), hooks.noting_graph_mode(set_ascend_forward_context)():
+            pass
+
+    worker = Worker()
+    worker.executing = run
+    worker.execute_model(output(result="output"))
+    step = captured.step()
+    assert step.attributes is not None
+    assert step.attributes[semconv.GRAPH_MODE] == "piecewise"
 
 
 def test_without_the_engines_word_a_step_is_a_trace_of_its_own(captured: Captured) -> None:
@@ -241,6 +262,36 @@ def test_nothing_is_captured_once_tracing_is_off(captured: Captured) -> None:
     worker.sample_tokens(None)
     worker.execute_model(output(result="output"))
     assert switch.current_recorder() is None
+
+
+class RayWorkerWrapper:
+    """Goes past the worker, as Ray's compiled graph does."""
+
+    def __init__(self) -> None:
+        self.worker = Worker()
+
+    def execute_model_ray(self, execute_model_input: Any) -> Any:
+        self.worker.executing()
+        self.worker.sampling()
+        return execute_model_input[0].result
+
+    execute_model_ray = hooks.around_ray(execute_model_ray)
+
+
+def test_a_step_in_rays_compiled_graph_is_one_call(captured: Captured) -> None:
+    assert RayWorkerWrapper().execute_model_ray((output(result="output"), "grammar")) == "output"
+    assert names(captured.step()) == ["forward", "sample"]
+
+
+def test_the_models_error_goes_through_rays_compiled_graph(captured: Captured) -> None:
+    def fail() -> None:
+        raise RuntimeError("the model's own")
+
+    wrapper = RayWorkerWrapper()
+    wrapper.worker.executing = fail
+    with pytest.raises(RuntimeError, match="the model's own"):
+        wrapper.execute_model_ray((output(), "grammar"))
+    assert captured.step().error == "RuntimeError"
 
 
 # The slot.

@@ -78,8 +78,12 @@ class Npu:
         return cls(torch, torch_npu, acl)
 
     def _new_generic_event(self, device_index: int) -> Any:
-        """The ACL event behind it is made at its first record."""
-        return self._torch.Event(device=f"npu:{device_index}", enable_timing=True)
+        """The ACL event behind it is made at its first record.
+
+        Of the class itself: in a worker vllm-ascend 0.13 - 0.18 puts `torch.npu.Event` in place of `torch.Event`, and
+        vLLM's CPU runner a placeholder.
+        """
+        return self._torch._C.Event(device=f"npu:{device_index}", enable_timing=True)
 
     def _new_npu_event(self, _device_index: int) -> Any:
         """As its first record makes the ACL event, so it makes it the event of that stream's device."""

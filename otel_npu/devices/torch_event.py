@@ -48,7 +48,7 @@ class TorchEvents:
 
     def new_event(self, device_index: int) -> Any:
         """A generic event with timing."""
-        return self._torch.Event(device=f"{self.kind}:{device_index}", enable_timing=True)
+        return self._torch._C.Event(device=f"{self.kind}:{device_index}", enable_timing=True)
 
     def adopt_thread(self, device_index: int) -> None:
         """Set the thread's device."""

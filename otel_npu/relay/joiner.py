@@ -30,8 +30,8 @@ RANKS_SECONDS: Final = 0.8
 """For how long a step that is over waits for ranks that have not told of it: they may be on another host."""
 SILENT_SECONDS: Final = 1.0
 """How long after its run a step counts as over although its output was not taken in."""
-RUNNING_SECONDS: Final = 30.0
-"""The same for a step whose output rank has not told of it: it may well be running still."""
+RUNNING_SECONDS: Final = 600.0
+"""The same for a step whose output rank has not told of it: it may well be running still, or compiling."""
 END_SECONDS: Final = 0.8
 """For how long a request waits for the other end of it to be known, and for its last steps."""
 STRANGER_SECONDS: Final = 2.0
@@ -239,8 +239,9 @@ class Joiner:
         for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):
             if known is not None and not known.forgotten:
                 self._give_up(known, semconv.REQUEST_UNFINISHED)
-        if len(self._requests) >= MAX_REQUESTS:
-            self._give_up(next(iter(self._requests.values())), semconv.TOO_MANY_REQUESTS)
+        if len(self._requests) >= MAX_REQUESTS:  # this one: it will wait, while the others run
+            self._drops.add(semconv.TOO_MANY_REQUESTS)
+            return
         request = OpenRequest(engine, frame)
         self._requests[frame.key] = engine.requests[frame.number] = request
         _, end = self._strange_ends.pop(frame.key, (0.0, None))

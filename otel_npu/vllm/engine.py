@@ -24,6 +24,9 @@ _log = logging.getLogger("otel_npu")
 STEP_ATTRIBUTE: Final = "_otel_npu_step"
 """What the scheduler's output carries to every worker of the engine, and back to the scheduler."""
 
+_request_numbers: Final = itertools.count(1)
+"""Of the process, whose connection tells the requests of all its engines."""
+
 _MIXED: Final = "mixed"
 _PREFILL: Final = "prefill"
 _DECODE: Final = "decode"
@@ -62,7 +65,7 @@ class EngineSteps:
         tracing.recorder(self._endpoint)  # now: a relay takes a moment to start
         self._ranks = _world_size(vllm_config)
         self._members: dict[str, _Member] = {}
-        self._request_numbers = itertools.count(1)
+        self._requests: Any = getattr(scheduler, "requests", {})
         self._step_numbers = itertools.count(1)
         self._limiter: context.Limiter | None = None
         for name, wrap in (
@@ -108,10 +111,10 @@ class EngineSteps:
 
     def _add(self, request: Any) -> None:
         recorder = tracing.recorder(self._endpoint)
-        if recorder is None or request.request_id in self._members:  # the next input of a streaming session
+        if recorder is None or request.request_id in self._requests:  # the next input of a streaming session
             return
         told = announced(getattr(request, "trace_headers", None))
-        self._members[request.request_id] = member = _Member(request, next(self._request_numbers) if told else None)
+        self._members[request.request_id] = member = _Member(request, next(_request_numbers) if told else None)
         if told is not None and member.number is not None:
             recorder.send(
                 frames.Request(

@@ -34,6 +34,7 @@ KEY: Final = "x-otel-npu-request"
 
 _ANNOUNCED: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{32})-([0-9a-f]{16});(.*)", re.DOTALL)
 _ATTRIBUTE: Final = "_otel_npu_arrival"
+_GIVES_IDS: Final = "_otel_npu_gives_ids"
 _LLM_REQUEST: Final = "llm_request"
 _TRACER: Final = "vllm.tracing.otel"
 _ABORT: Final = "abort"
@@ -91,9 +92,7 @@ def around_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
         arrival = _arrive(self, request)
         result = add_request(self, request, *args, **kwargs)
         if arrival is not None:
-            state = self.request_states.get(request.request_id)
-            if state is not None:
-                setattr(state, _ATTRIBUTE, arrival)
+            _remember(self, request, arrival)
         return result
 
     return call
@@ -104,27 +103,35 @@ def _arrive(processor: Any, request: Any) -> Arrival | None:
     recorder = _recorder(processor)
     if recorder is None or recorder.settings.request_spans == "off":
         return None
-    arrival = _arrival_of(processor.request_states.get(request.request_id))  # the next input of a streaming session
+    if not hasattr(request, "trace_headers"):  # before vLLM traced requests at all
+        return None
+    if getattr(request, "resumable", False) or request.request_id in processor.request_states:
+        return None  # a session with inputs in a stream: vLLM says of each of its parts that it is finished
     headers = dict(request.trace_headers or _callers_headers.get() or {})
     headers.pop(KEY, None)  # of this one alone, not of another sequence of the same call
-    if arrival is None:
-        arrival = _choose(request, headers, vllm_traces=processor.tracing_enabled)
+    maker = _maker(processor) if _vllm_traces(processor) and _gives_ids(processor) else None
+    arrival = _choose(request, headers, maker)
     if arrival.announced is not None:
         request.trace_headers = {**headers, KEY: arrival.announced.header()}
     return arrival
 
 
-def _choose(request: Any, headers: dict[str, str], *, vllm_traces: bool) -> Arrival:
+@tracing.guarded
+def _remember(processor: Any, request: Any, arrival: Arrival) -> None:
+    setattr(processor.request_states[request.request_id], _ATTRIBUTE, arrival)
+
+
+def _choose(request: Any, headers: dict[str, str], maker: Any) -> Arrival:
     if not headers:
         headers.update(_ambient_headers())
     parent = _propagator.extract(headers, Context())
     span_context = trace.get_current_span(parent).get_span_context()
     key = os.urandom(8)
     trace_id, parent_span_id, sampling = span_context.trace_id, key, None
-    if vllm_traces:
+    if maker is not None:
         if not span_context.is_valid:
             trace_id = int.from_bytes(os.urandom(16), "big")
-        sampling = _verdict(parent, trace_id)
+        sampling = _verdict(maker, parent, trace_id)
         sampled = sampling is None or sampling.decision.is_sampled()
     else:
         parent_span_id = span_context.span_id.to_bytes(8, "big")
@@ -132,6 +139,11 @@ def _choose(request: Any, headers: dict[str, str], *, vllm_traces: bool) -> Arri
     request_id = getattr(request, "external_req_id", None) or request.request_id
     chosen = Announced(key, trace_id.to_bytes(16, "big"), parent_span_id, request_id) if sampled else None
     return Arrival(chosen, parent, sampling, int(request.arrival_time * 1e9))
+
+
+def _gives_ids(processor: Any) -> bool:
+    """Whether vLLM's span of a request will have the id chosen here: else nothing can be below it."""
+    return hasattr(getattr(type(processor), "do_tracing", None), _GIVES_IDS)
 
 
 def _ambient_headers() -> dict[str, str]:
@@ -147,9 +159,19 @@ def _ambient_headers() -> dict[str, str]:
     return headers
 
 
-def _verdict(parent: Context, trace_id: int) -> Any:
-    """What the provider's sampler says: asked now, and held to when vLLM makes the span."""
-    sampler = getattr(trace.get_tracer_provider(), "sampler", None)
+def _vllm_traces(processor: Any) -> bool:
+    enabled = getattr(processor, "tracing_enabled", None)
+    return getattr(processor, "tracer", None) is not None if enabled is None else bool(enabled)
+
+
+def _maker(processor: Any) -> Any:
+    """What makes vLLM's span of a request: the provider, by a new tracer each time; to 0.13 one tracer, made once."""
+    return getattr(processor, "tracer", None) or trace.get_tracer_provider()
+
+
+def _verdict(maker: Any, parent: Context, trace_id: int) -> Any:
+    """What the sampler says: asked now, and held to when vLLM makes the span."""
+    sampler = getattr(maker, "sampler", None)
     return None if sampler is None else sampler.should_sample(parent, trace_id, _LLM_REQUEST, trace.SpanKind.SERVER)
 
 
@@ -196,9 +218,10 @@ def around_tracing(do_tracing: Callable[..., Any]) -> Callable[..., Any]:
         arrival = _arrival_of(req_state)
         if arrival is None:
             return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
-        with _chosen(arrival):
+        with _chosen(_maker(self), arrival):
             return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
 
+    setattr(call, _GIVES_IDS, True)
     return call
 
 
@@ -206,24 +229,37 @@ def around_abort(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
     """`OutputProcessor.abort_requests`: vLLM makes no span of a request that was aborted, so it is made here."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states = dict(self.request_states)
+        states = _states(self)
         aborted = abort_requests(self, *args, **kwargs)
-        for request_id in aborted:
-            _aborted(self, states.get(request_id))
+        _aborted(self, states, aborted)
         return aborted
 
     return call
 
 
 @tracing.guarded
-def _aborted(processor: Any, state: Any) -> None:
-    arrival = _arrival_of(state)
-    if arrival is None or arrival.ended:
-        return
-    ended_unix_ns = time.time_ns()
-    if arrival.announced is not None and processor.tracing_enabled:
-        with _chosen(arrival):
-            span = trace.get_tracer(_TRACER).start_span(
+def _states(processor: Any) -> dict[str, Any]:
+    return dict(processor.request_states)  # whom an id stands for is known to vLLM alone
+
+
+@tracing.guarded
+def _aborted(processor: Any, states: dict[str, Any] | None, request_ids: list[str]) -> None:
+    for request_id in request_ids:
+        state = (states or {}).get(request_id)
+        arrival = _arrival_of(state)
+        if arrival is not None and not arrival.ended:  # of sequences of one call vLLM tells twice
+            arrival.ended = True
+            ended_unix_ns = time.time_ns()
+            if _vllm_traces(processor) and _gives_ids(processor):
+                _make_llm_request(_maker(processor), arrival, state, ended_unix_ns)
+            _tell_end(processor, arrival, state, _ABORT, ended_unix_ns)
+
+
+def _make_llm_request(maker: Any, arrival: Arrival, state: Any, ended_unix_ns: int) -> None:
+    if arrival.announced is not None:
+        with _chosen(maker, arrival):
+            tracer = maker if hasattr(maker, "start_span") else trace.get_tracer(_TRACER)
+            span = tracer.start_span(
                 _LLM_REQUEST,
                 context=arrival.context,
                 kind=trace.SpanKind.SERVER,
@@ -240,15 +276,20 @@ def _aborted(processor: Any, state: Any) -> None:
             }
         )
         span.end(ended_unix_ns)
-    _end(processor, state, _ABORT, ended_unix_ns)
 
 
 @tracing.guarded
 def _end(processor: Any, state: Any, reason: str, ended_unix_ns: int) -> None:
-    arrival, recorder = _arrival_of(state), _recorder(processor)
-    if arrival is None or arrival.announced is None or arrival.ended or recorder is None:
+    arrival = _arrival_of(state)
+    if arrival is not None and not arrival.ended:
+        arrival.ended = True
+        _tell_end(processor, arrival, state, reason, ended_unix_ns)
+
+
+def _tell_end(processor: Any, arrival: Arrival, state: Any, reason: str, ended_unix_ns: int) -> None:
+    recorder = _recorder(processor)
+    if arrival.announced is None or recorder is None:
         return
-    arrival.ended = True
     recorder.send(frames.RequestEnd(arrival.announced.key, ended_unix_ns, _output_tokens(state), reason))
 
 
@@ -265,18 +306,18 @@ def _arrival_of(state: Any) -> Arrival | None:
 
 def _recorder(processor: Any) -> Recorder | None:
     # The flag's endpoint is what vLLM's tracer has put into the environment; without the flag nothing has.
-    return tracing.recorder(lambda: tracing.environment_endpoint() if processor.tracing_enabled else None)
+    return tracing.recorder(lambda: tracing.environment_endpoint() if _vllm_traces(processor) else None)
 
 
-# vLLM's provider.
+# vLLM's provider, or tracer.
 
 _forced: contextvars.ContextVar[Arrival | None] = contextvars.ContextVar("otel_npu_forced", default=None)
 
 
 @contextlib.contextmanager
-def _chosen(arrival: Arrival) -> Iterator[None]:
+def _chosen(maker: Any, arrival: Arrival) -> Iterator[None]:
     """The span that is started inside has the ids and the verdict of its request's arrival."""
-    _prepare_provider()
+    _prepare(maker)
     token = _forced.set(arrival)
     try:
         yield
@@ -285,15 +326,14 @@ def _chosen(arrival: Arrival) -> Iterator[None]:
 
 
 @tracing.guarded
-def _prepare_provider() -> None:
-    provider: Any = trace.get_tracer_provider()
-    if not hasattr(provider, "id_generator") or hasattr(provider, "_otel_npu_prepared"):
+def _prepare(maker: Any) -> None:
+    if not hasattr(maker, "id_generator") or hasattr(maker, "_otel_npu_prepared"):
         return
-    generator, sampler = provider.id_generator, provider.sampler
+    generator, sampler = maker.id_generator, maker.sampler
     # Wrapped on the objects: whatever else they can do, and whatever class they are of, stays as it is.
-    provider.id_generator = _Instead(generator, generate_trace_id=_trace_id, generate_span_id=_span_id)
-    provider.sampler = _Instead(sampler, should_sample=_sampling)
-    provider._otel_npu_prepared = True
+    maker.id_generator = _Instead(generator, generate_trace_id=_trace_id, generate_span_id=_span_id)
+    maker.sampler = _Instead(sampler, should_sample=_sampling)
+    maker._otel_npu_prepared = True
 
 
 class _Instead:

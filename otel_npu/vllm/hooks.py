@@ -38,7 +38,7 @@ class Hook:
         package: The package whose version rules it, such as `vllm_ascend`.
         module: The module that holds the target. Who has imported a global function by name keeps the old one.
         target: A global function of the module, or `Class.method`. A method that the class inherits is replaced on
-            this class.
+            this class. Where the class is None, because what it needs is not installed, nothing is.
         wrap: Makes the function that takes its place out of the one that was there: for a classmethod or a
             staticmethod out of the function inside.
         parameters: Names of the parameters that the wrapper relies on.
@@ -188,7 +188,7 @@ class _Finder:
             except IndexError:
                 return  # another thread was faster
             try:
-                if not applies(hook):
+                if not applies(hook) or _stands_for_nothing(hook):
                     continue
                 complaint = check(hook)
                 if complaint is None:
@@ -258,6 +258,12 @@ def _leave_out(hook: Hook, complaint: str, *, error: bool = False) -> None:
         complaint,
         exc_info=error,
     )
+
+
+def _stands_for_nothing(hook: Hook) -> bool:
+    """Whether the class is None: what it needs is not installed, so nobody can use it."""
+    owner, *rest = hook.target.split(".")
+    return bool(rest) and getattr(sys.modules[hook.module], owner, hook) is None
 
 
 def _is_executing(module: ModuleType) -> bool:

@@ -52,11 +52,37 @@ HOOKS: Final[tuple[Hook, ...]] = (
     Hook("vllm", "vllm.v1.engine.async_llm", "AsyncLLM.add_request", front_end.around_generate, ("trace_headers",)),
     # The engine: steps are scheduled, and their outputs come back.
     Hook("vllm", "vllm.v1.core.sched.scheduler", "Scheduler.__init__", engine.follow, ("vllm_config",)),
+    Hook(
+        "vllm_ascend",
+        "vllm_ascend.core.recompute_scheduler",
+        "RecomputeScheduler.__init__",
+        engine.follow,
+        ("vllm_config",),
+        since="0.11",
+        until="0.13",  # from then on it is derived from vLLM's
+    ),
     # The workers: steps run.
     *(
-        Hook("vllm", "vllm.v1.worker.gpu_worker", f"Worker.{name}", wrap, parameters)
-        for name, wrap, parameters in _WORKER_HOOKS
+        Hook("vllm", "vllm.v1.worker.gpu_worker", f"Worker.{name}", wrap, parameters, since)
+        for name, wrap, parameters, since in (
+            (*row, "0.11.1" if row[0] == "sample_tokens" else "") for row in _WORKER_HOOKS
+        )
     ),
+    *(
+        Hook(
+            "vllm",
+            module,
+            "RayWorkerWrapper.execute_model_ray",
+            worker.around_ray,
+            since=since,
+            until=until,
+        )
+        for module, since, until in (
+            ("vllm.executor.ray_utils", "", "0.11.1"),
+            ("vllm.v1.executor.ray_utils", "0.11.1", ""),
+        )
+    ),
+    Hook("vllm", "vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", worker.around_warm_up),
     *(
         Hook("vllm_ascend", "vllm_ascend.worker.worker_v1", f"NPUWorker.{name}", wrap, parameters, until="0.13")
         for name, wrap, parameters in _WORKER_HOOKS
@@ -67,7 +93,7 @@ HOOKS: Final[tuple[Hook, ...]] = (
         for name, wrap, parameters in _WORKER_HOOKS
     ),
     # Their stages: the scopes that are marked in the code, and methods where none are.
-    Hook("vllm", "vllm.v1.utils", "record_function_or_nullcontext", worker.take_slot, ("name",)),
+    Hook("vllm", "vllm.v1.utils", "record_function_or_nullcontext", worker.take_slot, ("name",), since="0.10"),
     *(
         Hook("vllm_ascend", "vllm_ascend.utils", f"ProfileExecuteDuration.{name}", wrap, until="0.18")
         for name, wrap in (
@@ -75,9 +101,21 @@ HOOKS: Final[tuple[Hook, ...]] = (
             ("pop_captured_sync", worker.pop_captured_sync),
         )
     ),
+    # Where vllm-ascend's scope of the forward begins, its forward context is not there yet.
+    Hook(
+        "vllm_ascend",
+        "vllm_ascend.ascend_forward_context",
+        "set_ascend_forward_context",
+        worker.noting_graph_mode,
+    ),
     *(
-        Hook("vllm", "vllm.v1.worker.gpu.model_runner", f"GPUModelRunner.{name}", worker.staged(name))
-        for name in ("prepare_inputs", "prepare_attn", "sample", "postprocess_sampled")
+        Hook("vllm", "vllm.v1.worker.gpu.model_runner", f"GPUModelRunner.{name}", worker.staged(name), since=since)
+        for name, since in (
+            ("prepare_inputs", "0.18"),
+            ("prepare_attn", "0.18"),
+            ("sample", "0.18"),
+            ("postprocess_sampled", "0.23"),
+        )
     ),
     *(
         Hook(
@@ -89,12 +127,13 @@ HOOKS: Final[tuple[Hook, ...]] = (
         )
         for name in ("prepare_inputs", "postprocess_sampled")
     ),
-    Hook("vllm", "vllm.v1.worker.gpu.model_runner", "set_forward_context", worker.forward_inside),
+    Hook("vllm", "vllm.v1.worker.gpu.model_runner", "set_forward_context", worker.forward_inside, since="0.18"),
     Hook(
         "vllm",
         "vllm.v1.worker.gpu.cudagraph_utils",
         "ModelCudaGraphManager.run_fullgraph",
         worker.staged("forward"),
+        since="0.18",
     ),
 )
 """What is patched, by package and version. Each patch stands alone: one that finds no target is a warning."""

@@ -79,7 +79,13 @@ STAGES: Final = _table(
         "EPLB weight D2D wait": ("eplb_transfer_wait", DEVICE),  # 0.23
         "EPLB gather moe load": ("eplb_gather_load", DEVICE),  # 0.23
         "EPLB update": ("eplb_update", DEVICE),  # 0.18 only: the two before, and the copying of what arrived
-        # vLLM's scopes, model runner V1.
+        # vLLM's scopes, model runner V1, in 0.11.
+        "Preprocess": ("prepare_input", DEVICE),
+        "Forward": ("forward", DEVICE),
+        "Postprocess": ("post_process", DEVICE),
+        "Bookkeep": ("bookkeep", HOST),
+        "EPLB": ("eplb", DEVICE),
+        # And since: they say whose they are.
         "gpu_model_runner: preprocess": ("prepare_input", DEVICE),
         "gpu_model_runner: forward": ("forward", DEVICE),
         "gpu_model_runner: postprocess": ("post_process", DEVICE),

@@ -23,7 +23,7 @@ _TRACES_ENDPOINT: Final = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 _TRACES_PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _TRACES_INSECURE: Final = "OTEL_EXPORTER_OTLP_TRACES_INSECURE"
 
-_begun = False
+_begun = _failed = False
 _lock = threading.Lock()
 
 
@@ -35,7 +35,7 @@ def recorder(endpoint: Callable[[], str | None]) -> Recorder | None:
     """
     if not _begun:
         _begin(endpoint)
-    return switch.current_recorder()
+    return None if _failed else switch.current_recorder()
 
 
 def config_endpoint(vllm_config: Any) -> Callable[[], str | None]:
@@ -65,7 +65,7 @@ def settings() -> Settings:
 
 
 def _begin(endpoint: Callable[[], str | None]) -> None:
-    global _begun  # noqa: PLW0603
+    global _begun, _failed  # noqa: PLW0603
     with _lock:
         if _begun:
             return
@@ -73,9 +73,20 @@ def _begin(endpoint: Callable[[], str | None]) -> None:
         try:
             chosen = settings()
             if chosen.enabled:
-                switch.enable(replace(chosen, environment=exporter_environment(endpoint())))
+                chosen = replace(chosen, environment=exporter_environment(endpoint()))
+                switch.enable(chosen)
+                _warn_if_late(chosen)
         except Exception:
+            _failed = True
             _log.exception("tracing could not start and is off; vLLM is not affected")
+
+
+def _warn_if_late(chosen: Settings) -> None:
+    recorder = switch.current_recorder()
+    if recorder is not None and chosen.environment and recorder.settings.environment != chosen.environment:
+        _log.warning(
+            "tracing was on before vLLM said where its spans go: otel-npu's go where the OTEL_EXPORTER_* variables say"
+        )
 
 
 def exporter_environment(endpoint: str | None) -> dict[str, str]:

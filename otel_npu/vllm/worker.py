@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import types
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -181,6 +182,32 @@ def around_warm_up(compile_or_warm_up_model: Callable[..., Any]) -> Callable[...
     return call
 
 
+def around_ray(execute_model_ray: Callable[..., Any]) -> Callable[..., Any]:
+    """`RayWorkerWrapper.execute_model_ray`: Ray's compiled graph goes past the worker, to its model runner."""
+
+    def call(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        _begin_in_ray(self, given[0] if isinstance(given, tuple) else given)
+        try:
+            output = execute_model_ray(self, given, *args, **kwargs)
+        except BaseException as error:
+            _end_in_ray(self, type(error))
+            raise
+        _end_in_ray(self)
+        return output
+
+    return call
+
+
+@tracing.guarded
+def _begin_in_ray(wrapper: Any, scheduler_output: Any) -> None:
+    _of(wrapper.worker).open(scheduler_output)
+
+
+@tracing.guarded
+def _end_in_ray(wrapper: Any, error: type[BaseException] | None = None) -> None:
+    _of(wrapper.worker).close(error)
+
+
 def _samples(worker: Any) -> bool:
     """Whether `sample_tokens` follows: not for pooling, and not in versions that have no such call."""
     return hasattr(worker, "sample_tokens") and not getattr(worker.model_runner, "is_pooling_model", False)
@@ -218,10 +245,11 @@ def take_slot(record_function_or_nullcontext: Callable[..., Any]) -> Callable[..
     there = module["_PROFILER_FUNC"]
 
     def first(name: str) -> Any:
-        module["_PROFILER_FUNC"] = None
-        record_function_or_nullcontext(name)  # chooses, and puts its choice into the slot
-        module["_PROFILER_FUNC"] = _beside(module["_PROFILER_FUNC"])
-        return module["_PROFILER_FUNC"](name)
+        # It puts its choice into the slot: of a module of its own, so that no other thread finds it there meanwhile.
+        apart = {**module, "_PROFILER_FUNC": None}
+        types.FunctionType(record_function_or_nullcontext.__code__, apart)(name)
+        module["_PROFILER_FUNC"] = chosen = _beside(apart["_PROFILER_FUNC"])
+        return chosen(name)
 
     module["_PROFILER_FUNC"] = _beside(there) if there is not None else first
     return record_function_or_nullcontext
@@ -280,6 +308,20 @@ def forward_inside(set_forward_context: Callable[..., Any]) -> Callable[..., Any
     @contextlib.contextmanager
     def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with set_forward_context(*args, **kwargs) as entered, scope(_FORWARD):
+            yield entered
+
+    return call
+
+
+def noting_graph_mode(set_forward_context: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward context that is entered within the scope of the forward: it says in which mode that runs."""
+
+    @contextlib.contextmanager
+    def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with set_forward_context(*args, **kwargs) as entered:
+            step = _thread.step
+            if step is not None and step.attributes is not None:
+                _add_graph_mode(step.attributes)
             yield entered
 
     return call
