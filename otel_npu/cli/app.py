@@ -67,11 +67,31 @@ def demo(
 
 
 @app.command()
-def relay() -> None:
+def relay(
+    *,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="If another relay serves the session, wait for its end; else that is an error."),
+    ] = False,
+) -> None:
     """Serve this session's socket until SIGTERM, for example in a container of its own.
 
     Programs find the relay by OTEL_NPU_SESSION: set it to the same value here and there.
     """
     from otel_npu.cli.relay import run
 
-    run()
+    run(wait=wait)
+
+
+@app.command()
+def doctor(
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Check what tracing needs here, and say what to do about what is missing. Changes nothing.
+
+    The exit code is 1 if anything failed. Run it where the program runs: same container, user and environment.
+    """
+    from otel_npu.cli.doctor.command import run
+
+    raise typer.Exit(run(json=json))
