@@ -184,7 +184,11 @@ ATTRIBUTES: Final = (
     Term(SERVICE_INSTANCE_ID, "", "Unique to each traced process."),
     Term(PROCESS_PID, "", "The traced process."),
     Term(HOST_NAME, "", "The host of the traced process."),
-    Term(DEVICE_TYPE, "", "The kind of device whose clock timed the stages: npu, cpu, ... Only of a process that has stages."),
+    Term(
+        DEVICE_TYPE,
+        "",
+        "The kind of device whose clock timed the stages: npu, cpu, ... Only of a process that has stages.",
+    ),
     Term(DEVICE_NAME, "", "The device's model, such as Ascend910B3."),
     Term(HW_ID, "", "The host's NPUs by their device nodes, separated by commas: davinci0,davinci1. Detector only."),
     Term(HW_TYPE, "", "npu: what the hardware named by hw.id is. Detector only."),

@@ -31,6 +31,7 @@ class Span:
     resource: dict[str, Any]
     scope: str
     links: list[tuple[str, str]]
+    events: list[tuple[str, int]]
     status: int
     status_message: str
     kind: int
@@ -166,6 +167,7 @@ def _span(span: Any, resource: dict[str, Any], scope: str) -> Span:
         resource=resource,
         scope=scope,
         links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
+        events=[(event.name, event.time_unix_nano) for event in span.events],
         status=span.status.code,
         status_message=span.status.message,
         kind=span.kind,

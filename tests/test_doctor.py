@@ -13,6 +13,7 @@ from otel_npu.cli.doctor import accelerator, apart, settings, sources
 from otel_npu.cli.doctor.apart import Area
 from otel_npu.cli.doctor.findings import Finding, Status
 from otel_npu.cli.doctor.secrets import masked
+from otel_npu.vllm import hooks
 from otel_npu.vllm.hooks import Hook
 from otel_npu.vllm.plugin import HOOKS
 from tests.ascend.build import BuildError, build
@@ -30,7 +31,7 @@ from tests.traced import processes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VLLM_HOOKS = [hook for hook in HOOKS if hook.package == "vllm"]
+VLLM_HOOKS = [hook for hook in HOOKS if hook.package == "vllm" and hooks.in_range(hook, "0.32.0")]
 NOT_NEEDED = "not_applicable"
 
 

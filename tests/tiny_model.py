@@ -39,6 +39,11 @@ def words(count: int, first: int = 0) -> str:
     return " ".join(f"w{(first + number) % WORDS}" for number in range(count))
 
 
+def token_id(word: str) -> int:
+    """The token that stands for a word."""
+    return len(SPECIAL_TOKENS) + int(word.removeprefix("w"))
+
+
 def make(folder: Path) -> None:
     """Write model and tokenizer into the folder."""
     # transformers imports torch_npu where it is installed, which fails without an Ascend runtime.

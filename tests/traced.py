@@ -68,7 +68,9 @@ if __name__ == "__main__":
 '''
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+def eventually(
+    condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS, *, every_seconds: float = 0.01
+) -> Any:
     """What the condition gives, once that is true.
 
     Raises:
@@ -77,7 +79,7 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENC
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.01)
+        time.sleep(every_seconds)
     return found
 
 

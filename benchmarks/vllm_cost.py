@@ -1,0 +1,182 @@
+"""What tracing costs vLLM's real server. Prints throughput ratios with their 95 % intervals, and host time a step.
+
+Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the repository, on an idle machine:
+
+    python -m benchmarks.vllm_cost [--pairs 200]
+
+Three servers with a tiny model run at once: one with otel-npu on and two without it, all with vLLM's own tracing. They
+take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
+slows all of them. The ratio of the two without otel-npu (A/A) says how much of a difference is the method's own.
+The tiny model makes steps of about a millisecond, so what is added to each weighs more here than it would on an NPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import math
+import statistics
+import tempfile
+import threading
+import time
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from benchmarks.vllm_timed_steps import ENGINE, FOLDER, WORKER, totals
+from tests.tiny_model import words
+from tests.vllm_server import ROOMY, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CONCURRENCY = 8
+WARM_UP_ROUNDS = 10
+
+
+@dataclass
+class Measured:
+    """A server, and what its rounds took."""
+
+    server: Server
+    tokens_per_second: list[float] = field(default_factory=list)
+    worker_us: list[float] = field(default_factory=list)
+    engine_us: list[float] = field(default_factory=list)
+
+    def round(self, pool: futures.Executor, requests: int, tokens: int) -> None:
+        """Time one round of requests."""
+        before = self._totals()
+        began = time.perf_counter()
+        each = requests // CONCURRENCY
+        list(pool.map(lambda place: self._ask(each, tokens, place), range(CONCURRENCY)))
+        self.tokens_per_second.append(requests * tokens / (time.perf_counter() - began))
+        for costs, (ns, steps), (ns_before, steps_before) in zip(
+            (self.worker_us, self.engine_us), self._totals(), before, strict=True
+        ):
+            costs.append((ns - ns_before) / (steps - steps_before) / 1000)
+
+    def forget(self) -> None:
+        """Leave out what was measured so far."""
+        for measured in (self.tokens_per_second, self.worker_us, self.engine_us):
+            measured.clear()
+
+    def _totals(self) -> list[tuple[int, int]]:
+        return [totals(self.server.folder, role) for role in (WORKER, ENGINE)]
+
+    def _ask(self, requests: int, tokens: int, place: int) -> None:
+        connections: dict[int, http.client.HTTPConnection] = _thread.__dict__.setdefault("connections", {})
+        connection = connections.setdefault(
+            self.server.port, http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        )
+        body = {"model": "tiny", "prompt": words(20, 30 * place), "max_tokens": tokens, "ignore_eos": True}
+        for _ in range(requests):
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+            assert answer["usage"]["completion_tokens"] == tokens
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def sink() -> Iterator[str]:
+    """A receiver that takes spans unread; its endpoint."""
+
+    class Handler(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
+        def service(self, _: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(lambda _request, _context: b"")
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((Handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(grace=None).wait()
+
+
+@contextlib.contextmanager
+def servers(endpoint: str, folder: Path) -> Iterator[list[Measured]]:
+    """One with otel-npu, then two without."""
+    with contextlib.ExitStack() as running:
+        measured = []
+        for name, enabled in (("on", "1"), ("off", "0"), ("off-again", "0")):
+            own = folder / name
+            own.mkdir()
+            server = Server(
+                own,
+                [*ROOMY, "--otlp-traces-endpoint", endpoint, "--disable-uvicorn-access-log"],
+                {"OTEL_NPU_ENABLED": enabled, "OTEL_BSP_SCHEDULE_DELAY": None, FOLDER: str(own)},
+                {"timed_steps": "benchmarks.vllm_timed_steps:register"},
+            )
+            measured.append(Measured(running.enter_context(server)))
+        yield measured
+
+
+def interval(samples: list[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval."""
+    mean = statistics.fmean(samples)
+    half = 1.96 * statistics.stdev(samples) / math.sqrt(len(samples))
+    return mean, mean - half, mean + half
+
+
+def ratio(one: list[float], other: list[float]) -> str:
+    """The geometric mean of the pairs' ratios."""
+    logs = [math.log(a / b) for a, b in zip(one, other, strict=True)]
+    mean, low, high = map(math.exp, interval(logs))
+    return f"{mean:.4f}   95 % interval {low:.4f} .. {high:.4f}"
+
+
+def added(one: list[float], other: list[float]) -> str:
+    """The mean of the pairs' differences."""
+    mean, low, high = interval([a - b for a, b in zip(one, other, strict=True)])
+    return f"{mean:+7.1f} us   95 % interval {low:+.1f} .. {high:+.1f}, of {statistics.fmean(other):.0f} us"
+
+
+def measure(measured: list[Measured], pairs: int, requests: int, tokens: int, show: Callable[[str], None]) -> None:
+    """Let the servers take turns."""
+    with futures.ThreadPoolExecutor(CONCURRENCY) as pool:
+        for number in range(WARM_UP_ROUNDS + pairs):
+            if number == WARM_UP_ROUNDS:
+                for one in measured:
+                    one.forget()
+            turn = number % len(measured)
+            order = measured[turn:] + measured[:turn]
+            for one in order if number // len(measured) % 2 else reversed(order):
+                one.round(pool, requests, tokens)
+            if number % 20 == 0:
+                show(f"\r{max(0, number - WARM_UP_ROUNDS)} of {pairs} pairs")
+    show("\r" + " " * 40 + "\r")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=32, help="requests a round")
+    parser.add_argument("--tokens", type=int, default=16, help="output tokens a request")
+    chosen = parser.parse_args()
+    show: Callable[[str], None] = lambda text: print(text, end="", flush=True)  # noqa: E731
+    show("starting three servers: one to two minutes ...")
+    with tempfile.TemporaryDirectory() as folder, sink() as endpoint, servers(endpoint, Path(folder)) as measured:
+        measure(measured, chosen.pairs, chosen.requests, chosen.tokens, show)
+    on, off, again = measured
+    print(
+        f"{chosen.pairs} pairs of rounds of {chosen.requests} requests of {chosen.tokens} tokens, {CONCURRENCY} at once"
+    )
+    print(f"without otel-npu: {statistics.fmean(off.tokens_per_second):.0f} tokens/s")
+    print(f"throughput, on/off:  {ratio(on.tokens_per_second, off.tokens_per_second)}")
+    print(f"throughput, off/off: {ratio(again.tokens_per_second, off.tokens_per_second)}")
+    print(f"a step in the worker, on - off:   {added(on.worker_us, off.worker_us)}")
+    print(f"a step in the worker, off - off:  {added(again.worker_us, off.worker_us)}")
+    print(f"a step in EngineCore, on - off:   {added(on.engine_us, off.engine_us)}")
+    print(f"a step in EngineCore, off - off:  {added(again.engine_us, off.engine_us)}")
+
+
+if __name__ == "__main__":
+    main()
