@@ -4,10 +4,14 @@ Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the 
 
     python -m benchmarks.vllm_cost [--pairs 200]
 
-Three servers with a tiny model run at once: one with otel-npu on and two without it, all with vLLM's own tracing. They
-take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
-slows all of them. The ratio of the two without otel-npu (A/A) says how much of a difference is the method's own.
-The tiny model makes steps of about a millisecond, so what is added to each weighs more here than it would on an NPU.
+Three servers with a tiny model run side by side: one with otel-npu on and two without it, all with vLLM's own tracing.
+They take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
+slows all of them; while one has its turn the others are stopped, with their relay. The ratio of the two without it
+(A/A) says how much of a difference is the method's own.
+
+A tiny model on a CPU makes steps of about a millisecond, all of it on the host. On a device a step takes longer, and
+meanwhile the host waits: `--device-ms` says how long. With 0 everything that any process does is in the others' way on
+a small machine, the client's own work and the relay's too.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import contextlib
 import http.client
 import json
 import math
+import os
+import signal
 import statistics
 import tempfile
 import threading
@@ -28,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from benchmarks.vllm_timed_steps import ENGINE, FOLDER, WORKER, totals
+from benchmarks.vllm_timed_steps import DEVICE_MS, ENGINE, FOLDER, WORKER, totals
 from tests.tiny_model import words
 from tests.vllm_server import ROOMY, Server
 
@@ -48,25 +54,42 @@ class Measured:
     worker_us: list[float] = field(default_factory=list)
     engine_us: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._pids = [*self.server.processes(), *self.server.relays()]
+        self._signal(signal.SIGSTOP)
+
     def round(self, pool: futures.Executor, requests: int, tokens: int) -> None:
-        """Time one round of requests."""
+        """Time one round of requests. One of each client goes before it, untimed: to wake up takes time."""
+        self._signal(signal.SIGCONT)
+        self._ask_all(pool, 1, tokens)
         before = self._totals()
         began = time.perf_counter()
-        each = requests // CONCURRENCY
-        list(pool.map(lambda place: self._ask(each, tokens, place), range(CONCURRENCY)))
+        self._ask_all(pool, requests // CONCURRENCY, tokens)
         self.tokens_per_second.append(requests * tokens / (time.perf_counter() - began))
         for costs, (ns, steps), (ns_before, steps_before) in zip(
             (self.worker_us, self.engine_us), self._totals(), before, strict=True
         ):
             costs.append((ns - ns_before) / (steps - steps_before) / 1000)
+        self._signal(signal.SIGSTOP)
 
     def forget(self) -> None:
         """Leave out what was measured so far."""
         for measured in (self.tokens_per_second, self.worker_us, self.engine_us):
             measured.clear()
 
+    def go_on(self) -> None:
+        """It can be ended again."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            os.kill(pid, number)
+
     def _totals(self) -> list[tuple[int, int]]:
         return [totals(self.server.folder, role) for role in (WORKER, ENGINE)]
+
+    def _ask_all(self, pool: futures.Executor, requests: int, tokens: int) -> None:
+        list(pool.map(lambda place: self._ask(requests, tokens, place), range(CONCURRENCY)))
 
     def _ask(self, requests: int, tokens: int, place: int) -> None:
         connections: dict[int, http.client.HTTPConnection] = _thread.__dict__.setdefault("connections", {})
@@ -102,7 +125,7 @@ def sink() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def servers(endpoint: str, folder: Path) -> Iterator[list[Measured]]:
+def servers(endpoint: str, folder: Path, device_ms: float) -> Iterator[list[Measured]]:
     """One with otel-npu, then two without."""
     with contextlib.ExitStack() as running:
         measured = []
@@ -112,10 +135,18 @@ def servers(endpoint: str, folder: Path) -> Iterator[list[Measured]]:
             server = Server(
                 own,
                 [*ROOMY, "--otlp-traces-endpoint", endpoint, "--disable-uvicorn-access-log"],
-                {"OTEL_NPU_ENABLED": enabled, "OTEL_BSP_SCHEDULE_DELAY": None, FOLDER: str(own)},
+                {
+                    "OTEL_NPU_ENABLED": enabled,
+                    "OTEL_BSP_SCHEDULE_DELAY": None,
+                    "OMP_NUM_THREADS": "1",
+                    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+                    FOLDER: str(own),
+                    DEVICE_MS: str(device_ms),
+                },
                 {"timed_steps": "benchmarks.vllm_timed_steps:register"},
             )
             measured.append(Measured(running.enter_context(server)))
+            running.callback(measured[-1].go_on)
         yield measured
 
 
@@ -142,8 +173,9 @@ def added(one: list[float], other: list[float]) -> str:
 def measure(measured: list[Measured], pairs: int, requests: int, tokens: int, show: Callable[[str], None]) -> None:
     """Let the servers take turns."""
     with futures.ThreadPoolExecutor(CONCURRENCY) as pool:
-        for number in range(WARM_UP_ROUNDS + pairs):
-            if number == WARM_UP_ROUNDS:
+        warm_up = min(WARM_UP_ROUNDS, pairs)
+        for number in range(warm_up + pairs):
+            if number == warm_up:
                 for one in measured:
                     one.forget()
             turn = number % len(measured)
@@ -151,24 +183,30 @@ def measure(measured: list[Measured], pairs: int, requests: int, tokens: int, sh
             for one in order if number // len(measured) % 2 else reversed(order):
                 one.round(pool, requests, tokens)
             if number % 20 == 0:
-                show(f"\r{max(0, number - WARM_UP_ROUNDS)} of {pairs} pairs")
+                show(f"\r{max(0, number - warm_up)} of {pairs} pairs")
     show("\r" + " " * 40 + "\r")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--requests", type=int, default=32, help="requests a round")
+    parser.add_argument("--requests", type=int, default=16, help="requests a round")
     parser.add_argument("--tokens", type=int, default=16, help="output tokens a request")
+    parser.add_argument("--device-ms", type=float, default=10.0, help="how long the device works on a step")
     chosen = parser.parse_args()
     show: Callable[[str], None] = lambda text: print(text, end="", flush=True)  # noqa: E731
     show("starting three servers: one to two minutes ...")
-    with tempfile.TemporaryDirectory() as folder, sink() as endpoint, servers(endpoint, Path(folder)) as measured:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sink() as endpoint,
+        servers(endpoint, Path(folder), chosen.device_ms) as measured,
+    ):
         measure(measured, chosen.pairs, chosen.requests, chosen.tokens, show)
     on, off, again = measured
     print(
         f"{chosen.pairs} pairs of rounds of {chosen.requests} requests of {chosen.tokens} tokens, {CONCURRENCY} at once"
     )
+    print(f"{chosen.device_ms:g} ms a step on the device")
     print(f"without otel-npu: {statistics.fmean(off.tokens_per_second):.0f} tokens/s")
     print(f"throughput, on/off:  {ratio(on.tokens_per_second, off.tokens_per_second)}")
     print(f"throughput, off/off: {ratio(again.tokens_per_second, off.tokens_per_second)}")

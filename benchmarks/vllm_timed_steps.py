@@ -1,10 +1,14 @@
-"""A vLLM plugin for `benchmarks.vllm_cost`: how long a step keeps the host in a worker and in EngineCore."""
+"""A vLLM plugin for `benchmarks.vllm_cost`: a device that works while the host waits, and how long the host does not.
+
+Nothing on the CPU works beside the host, so the time that a step would take on a device is slept.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 import struct
+import time
 from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -13,13 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FOLDER: Final = "TIMED_STEPS_FOLDER"
+DEVICE_MS: Final = "TIMED_STEPS_DEVICE_MS"
 WORKER: Final = "worker"
 ENGINE: Final = "engine"
 _TOTALS: Final = struct.Struct("qq")
 
 
 class Totals(NamedTuple):
-    """Nanoseconds on the host, and steps, since the process started."""
+    """Nanoseconds on the host, without what was slept, and steps, since the process started."""
 
     nanoseconds: int
     steps: int
@@ -32,15 +37,32 @@ def totals(folder: Path, role: str) -> Totals:
 
 
 def register() -> None:
-    """Time all calls of a step from outside of all hooks."""
+    """Time all calls of a step from outside of all hooks, and sleep in the forward."""
+    from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
     if hasattr(EngineCore, "_timed_steps"):
         return
     EngineCore._timed_steps = True
     worker, engine = _Timer(WORKER), _Timer(ENGINE)
+    check, forward = CpuPlatform.check_and_update_config, GPUModelRunner._model_forward
+
+    # As on an NPU, the engine's process runs its one worker. On a CPU vLLM gives it a process of its own, and both
+    # wait for each other by spinning: on few processors that is most of what one measures.
+    def in_one_process(_: Any, config: Any) -> None:
+        check(config)
+        config.parallel_config.distributed_executor_backend = "uni"
+
+    def work_on_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        worker.sleep(float(os.environ[DEVICE_MS]) / 1000)
+        return output
+
+    CpuPlatform.check_and_update_config = classmethod(in_one_process)
+    GPUModelRunner._model_forward = work_on_device
 
     # Both look it up at each call, so that whatever is put round it later is inside.
     def execute_model(self: Any, scheduler_output: Any) -> Any:
@@ -92,6 +114,13 @@ class _Timer:
                 self._write()
 
         return call
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep inside of what is timed; that does not count."""
+        if seconds:
+            began = perf_counter_ns()
+            time.sleep(seconds)
+            self._nanoseconds -= perf_counter_ns() - began
 
     def _write(self) -> None:
         if self._file is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -92,6 +93,10 @@ def test_a_documented_command_runs(checkout: Path, receiver: Receiver, command: 
     given = command.replace(_OTLP, f"http://127.0.0.1:{receiver.grpc_port}")
     if "stage_cost" in given:
         given += " --rounds 20"
+    if "vllm_cost" in given:
+        if importlib.util.find_spec("vllm") is None:
+            pytest.skip("vLLM is not installed")
+        given += " --pairs 2 --device-ms 0"
     environment = {name: value for name, value in os.environ.items() if name != "OTEL_NPU_SESSION"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(

@@ -9,7 +9,7 @@ import pytest
 from otel_npu import semconv, settings
 from tests.conftest import REPOSITORY
 
-DOCUMENTS = ["README.md", "CHANGELOG.md", "deploy/README.md"]
+DOCUMENTS = ["README.md", "CHANGELOG.md", "deploy/README.md", "docs/design.md", "docs/operations.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -24,6 +24,12 @@ def test_the_readme_names_every_variable_of_ours_and_no_other() -> None:
     # The session is between the processes of a tree; deploy/README.md tells who has to set it by hand.
     assert named == ours - {settings.SESSION}
     assert settings.SESSION in (REPOSITORY / "deploy/README.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_names_no_variable_of_ours_that_there_is_not(document: str) -> None:
+    named = set(re.findall(r"\bOTEL_NPU_[A-Z_]+", (REPOSITORY / document).read_text()))
+    assert named <= set(map(str, vars(settings).values()))
 
 
 def test_every_file_the_documents_link_to_exists() -> None:

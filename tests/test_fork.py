@@ -130,6 +130,24 @@ def test_a_stage_and_a_step_that_are_open_while_the_process_forks_do_no_harm(
     assert seen["parent"] != seen["child"]
 
 
+def test_the_ids_of_a_forked_child_are_its_own(run_program: Callable[..., Any]) -> None:
+    run_program(
+        """
+    import os
+    from otel_npu.capture import context
+
+    reading, writing = os.pipe()
+    for _ in range(3):
+        if not os.fork():
+            os.write(writing, context.new_bytes(16))
+            os._exit(0)
+        os.wait()
+    ids = [context.new_bytes(16), *(os.read(reading, 16) for _ in range(3))]
+    assert len(set(ids)) == 4
+    """
+    )
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_what_a_child_of_multiprocessing_has_captured_arrives_when_it_ends(
     method: str, receiver: Receiver, run_program: Callable[..., Any]

@@ -36,6 +36,46 @@ def dropped(spans: list[Span], reason: str) -> int:
     return sum(span.attributes.get(f"npu.dropped.{reason}", 0) for span in spans)
 
 
+# Where it runs
+
+PINNED = """
+import os, subprocess, sys
+from otel_npu.wire import rendezvous
+
+rendezvous.session_id()
+cpu = max(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {cpu})  # as an engine does with a worker
+os.environ |= {"GOMP_CPU_AFFINITY": str(cpu), "OMP_PROC_BIND": "true"}  # as vLLM does on a CPU, and preloads OpenMP
+subprocess.run([sys.executable, "-c", '''
+import sys
+import otel_npu
+otel_npu.enable()
+with otel_npu.stage("forward"):
+    pass
+print(otel_npu.flush(20), flush=True)
+sys.stdin.read()
+'''])
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one processor only")
+def test_it_is_not_pinned_where_the_worker_that_starts_it_is(programs: Programs, receiver: Receiver) -> None:
+    worker = programs.start(receiver.grpc_environment, command=[sys.executable, "-c", PINNED])
+    assert worker.line() == "True\n"
+    [relay] = programs.relays()
+    assert os.sched_getaffinity(relay) == os.sched_getaffinity(0)
+    environment = Path(f"/proc/{relay}/environ").read_bytes()
+    assert b"GOMP_CPU_AFFINITY" not in environment
+    assert b"OMP_PROC_BIND" not in environment
+
+
+@pytest.mark.parametrize("mask", ["none", "", "0", f"{1 << 5000:x}"])
+def test_it_starts_whatever_is_said_of_processors(mask: str, programs: Programs, receiver: Receiver) -> None:
+    worker = programs.start({**receiver.grpc_environment, "_OTEL_NPU_CPU_MASK": mask})
+    assert worker.ask("steps(1)") == 1
+    assert worker.ask("otel_npu.flush(20)") is True
+
+
 # One for a process tree
 
 FAMILY = """
@@ -287,7 +327,7 @@ def test_a_relay_that_is_killed_is_started_again_and_its_loss_is_counted(
 def test_who_kills_a_process_and_all_its_descendants_leaves_the_relay(programs: Programs, receiver: Receiver) -> None:
     worker = programs.start(receiver.grpc_environment)
     worker.ask("steps(2)")
-    eventually(lambda: len(programs.relays()) == 1, "there is a relay")
+    eventually(lambda: worker.ask("recorder()._resolved_and_sent()"), "both are in the relay's socket")
     assert programs.relay() not in descendants(worker.pid)
     for pid in (*descendants(worker.pid), worker.pid):
         os.kill(pid, signal.SIGKILL)
@@ -319,8 +359,10 @@ def test_what_a_killed_worker_has_sent_arrives(programs: Programs, receiver: Rec
 
 def test_what_a_worker_has_sent_when_it_is_killed_in_mid_run_arrives(programs: Programs, receiver: Receiver) -> None:
     worker = programs.start(receiver.grpc_environment)
+    # First: while the relay starts, more steps run than its socket holds.
+    assert worker.ask("steps(1) and otel_npu.flush(20)") is True
     # It says the number of each step once its frame is in the socket.
-    worker.tell("[(steps(1), recorder()._resolved_and_sent() and print(n, flush=True)) for n in range(1, 10**6)]")
+    worker.tell("[(steps(1), recorder()._resolved_and_sent() and print(n, flush=True)) for n in range(2, 10**6)]")
     said = [worker.answer() for _ in range(300)]
     worker.process.kill()
     worker.process.wait()

@@ -16,6 +16,7 @@ from otel_npu.vllm import hooks, stages, worker
 from otel_npu.vllm.plugin import HOOKS
 from tests import wheels
 from tests.capturing import MILLISECOND, capturing
+from tests.conftest import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +70,11 @@ def scopes(of: wheels.Wheel) -> list[wheels.Scope]:
 def runner_methods(of: wheels.Wheel) -> set[str]:
     trees = [(of.tree(module), name) for module, name in RUNNERS]
     return {method for tree, name in trees if tree is not None for method in wheels.methods(tree, name)}
+
+
+def test_the_readme_names_the_versions_of_vllm_ascend() -> None:
+    named = ", ".join(version for distribution, version in VERSIONS if distribution == "vllm-ascend")
+    assert f"| vllm-ascend | {named}:" in (REPOSITORY / "README.md").read_text()
 
 
 @every_version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 from time import perf_counter_ns
@@ -24,15 +25,23 @@ class Ids(NamedTuple):
     parent_span_id: bytes
 
 
+# Of our own: a model's `random.seed()` must not repeat the ids. Not os.urandom() for each: it gives the GIL away, and
+# in an engine another thread then takes it and keeps the scheduler waiting, for 150 us a step.
+_random: Final = random.Random(os.urandom(32))  # noqa: S311
+new_bytes: Final = _random.randbytes
+"""So many random bytes, for ids."""
+os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(32)))
+
+
 def new_root() -> Ids:
-    """Ids of a new trace, from the operating system: a model's `random.seed()` must not repeat them."""
-    random = os.urandom(24)
-    return Ids(random[:16], random[16:], b"")
+    """Ids of a new trace."""
+    ids = new_bytes(24)
+    return Ids(ids[:16], ids[16:], b"")
 
 
 def child_of(trace_id: bytes, parent_span_id: bytes) -> Ids:
     """Ids of a new span in an existing trace."""
-    return Ids(trace_id, os.urandom(8), parent_span_id)
+    return Ids(trace_id, new_bytes(8), parent_span_id)
 
 
 class Limiter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -158,10 +157,10 @@ class EngineSteps:
                 tokens.append(count)
                 prefills.append(prefill)
         kind = _MIXED if any_prefill and any_decode else _PREFILL if any_prefill else _DECODE
-        random = os.urandom(24)
+        ids = context.new_bytes(24)
         step = StepContext(
-            random[8:] if total_tokens and self._kept(recorder, kind) else b"",
-            random[:8],
+            ids[8:] if total_tokens and self._kept(recorder, kind) else b"",
+            ids[:8],
             next(self._step_numbers) if total_tokens else 0,
             kind,
         )

@@ -20,7 +20,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from otel_npu import semconv
-from otel_npu.capture.context import SAMPLED
+from otel_npu.capture.context import SAMPLED, new_bytes
 from otel_npu.vllm import tracing
 from otel_npu.wire import frames
 
@@ -126,11 +126,11 @@ def _choose(request: Any, headers: dict[str, str], maker: Any) -> Arrival:
         headers.update(_ambient_headers())
     parent = _propagator.extract(headers, Context())
     span_context = trace.get_current_span(parent).get_span_context()
-    key = os.urandom(8)
+    key = new_bytes(8)
     trace_id, parent_span_id, sampling = span_context.trace_id, key, None
     if maker is not None:
         if not span_context.is_valid:
-            trace_id = int.from_bytes(os.urandom(16), "big")
+            trace_id = int.from_bytes(new_bytes(16), "big")
         sampling = _verdict(maker, parent, trace_id)
         sampled = sampling is None or sampling.decision.is_sampled()
     else:

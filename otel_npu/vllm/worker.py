@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import types
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import switch
-from otel_npu.capture.context import Ids
+from otel_npu.capture.context import Ids, new_bytes
 from otel_npu.capture.stages import HostStage, Stage, new_stage
 from otel_npu.capture.steps import Rank, Step
 from otel_npu.vllm import stages, tracing
@@ -56,12 +55,12 @@ class WorkerSteps:
         if told is None:
             self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
             return
-        context = StepContext(*told)
-        kept = bool(context.trace_id)
-        ids = Ids(context.trace_id, os.urandom(8) if kept else b"", context.span_id)
-        step = Step(recorder, context.kind, (), dict(self.attributes) if kept else None, ids=ids, rank=self.rank)
+        told = StepContext(*told)
+        kept = bool(told.trace_id)
+        ids = Ids(told.trace_id, new_bytes(8) if kept else b"", told.span_id)
+        step = Step(recorder, told.kind, (), dict(self.attributes) if kept else None, ids=ids, rank=self.rank)
         self._open(step)
-        step.number = context.number  # the engine's, so that it is the same on every rank
+        step.number = told.number  # the engine's, so that it is the same on every rank
 
     def open_dummy(self) -> None:
         """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import select
 import socket
 import threading
@@ -20,6 +21,12 @@ MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 _FRAMES_PER_LOCK: Final = 16
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
 _NOTHING: Final[dict[str, int]] = {}
+_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+# The call that socket.send() makes, but with the GIL held: to get it back takes longer than to send, where another
+# thread wants it.
+_send: Final = ctypes.PyDLL(None).send
+_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send.restype = ctypes.c_ssize_t
 
 
 class Channel:
@@ -146,13 +153,12 @@ class Channel:
         connection = self._socket
         if connection is None:
             return False
-        try:
-            if not self._greeted:
-                connection.send(frames.encode(self._hello()), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                self._greeted = True
-            connection.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        except OSError:  # the relay has gone; the idle thread notices and finds another
-            return False
-        return True
+        if not self._greeted:
+            self._greeted = _sent(connection, frames.encode(self._hello()))
+        return self._greeted and _sent(connection, frame)
+
+
+def _sent(connection: socket.socket, frame: bytes) -> bool:
+    """Whether the socket took it: it may be full, or the relay gone, and then the idle thread finds another."""
+    sent: int = _send(connection.fileno(), frame, len(frame), _SEND_FLAGS)
+    return sent >= 0

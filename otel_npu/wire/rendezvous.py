@@ -27,13 +27,25 @@ from otel_npu.settings import SESSION
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# A process of its own that starts the relay and ends at once: so nobody is the relay's parent.
+# The processors of the process that made the session, in hexadecimal. Its children inherit it; other hosts, to which
+# variables are copied by their prefix, do not.
+_CPU_MASK: Final = "_OTEL_NPU_CPU_MASK"
+# By these OpenMP pins whichever process it is loaded into, and an engine may preload it into all.
+_PINNING: Final = frozenset({"GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"})
+# A process of its own that starts the relay and ends at once: so nobody is the relay's parent. The relay runs
+# where the session began and not where its starter does: engines, and OpenMP, pin a worker to a processor and let it
+# wait there by spinning, beside which the relay got no time at all. (Nor did it anywhere as a batch process.)
 _DETACH: Final = """
 import os, sys
-life, relay = int(sys.argv[1]), sys.argv[2:]
+life, mask, relay = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 if os.fork():
     os._exit(0)
 os.setsid()
+try:
+    mask = int(mask, 16)
+    os.sched_setaffinity(0, [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1])
+except (OSError, ValueError):
+    pass  # forbidden, or it names none that are here: the relay runs where its starter does
 os.write(life, b"%d" % os.getpid())
 os.execv(relay[0], relay)
 """
@@ -56,9 +68,15 @@ def session_id() -> str:
     session = os.environ.get(SESSION, "")
     if not session:
         session = os.environ[SESSION] = secrets.token_hex(8)
+    _cpu_mask()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", session):
         raise RendezvousError(f"{SESSION}={session!r}: takes 1 to 32 letters, digits, '_' or '-'")
     return session
+
+
+def _cpu_mask() -> str:
+    """The processors on which the session's first process could run when it began."""
+    return os.environ.setdefault(_CPU_MASK, f"{sum(1 << cpu for cpu in os.sched_getaffinity(0)):x}")
 
 
 def socket_folder() -> Path:
@@ -215,7 +233,7 @@ def connect_or_start(
 
 
 def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> StartedRelay:
-    environment = {**os.environ, **more}
+    environment = {name: value for name, value in os.environ.items() if name not in _PINNING} | dict(more)
     environment["OTEL_NPU_ENABLED"] = "0"
     # The working directory stays, because exporters take relative paths, but must not shadow modules.
     environment["PYTHONSAFEPATH"] = "1"
@@ -225,7 +243,7 @@ def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> Star
     life, relays_end = os.pipe()
     try:
         subprocess.run(  # noqa: S603
-            [sys.executable, "-I", "-S", "-c", _DETACH, str(relays_end), *relay],
+            [sys.executable, "-I", "-S", "-c", _DETACH, str(relays_end), _cpu_mask(), *relay],
             pass_fds=[listener.fileno(), relays_end],
             stdin=subprocess.DEVNULL,
             env=environment,
