@@ -132,6 +132,7 @@ def request_end(number: int = 1, /, **changes: Any) -> frames.RequestEnd:
         "ended_unix_ns": 1_700_000_001_000_000_000,
         "output_tokens": 1,
         "reason": "stop",
+        "dropped": {},
         **changes,
     }
     return frames.RequestEnd(**fields)

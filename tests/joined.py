@@ -179,10 +179,10 @@ class Joined:
         self.run(number)
         self.update(number, dict.fromkeys(requests, 1), finished=finished)
 
-    def end(self, number: int, output_tokens: int, reason: str = "stop", at_ms: float = 10_000) -> None:
+    def end(self, number: int, output_tokens: int, reason: str = "stop", at_ms: float = 10_000, **changes: Any) -> None:
         """The front end is done with a request."""
         ended_unix_ns = UNIX_NS + round(at_ms * MS)
-        frame = request_end(number, ended_unix_ns=ended_unix_ns, output_tokens=output_tokens, reason=reason)
+        frame = request_end(number, ended_unix_ns=ended_unix_ns, output_tokens=output_tokens, reason=reason, **changes)
         self.joiner.take(self.front_end, frame)
 
     def is_empty(self) -> bool:

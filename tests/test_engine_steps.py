@@ -94,6 +94,16 @@ def test_drops_of_the_engine_and_of_the_relay_go_with_its_next_step_span(joined:
     assert not [key for key in attributes(second) if key.startswith("npu.dropped")]
 
 
+def test_drops_of_a_front_end_go_with_the_next_step_span_of_any_engine(joined: Joined) -> None:
+    joined.end(1, 1, dropped={"internal_error": 2})
+    joined.open(1)
+    joined.step(1)
+    joined.step(2)
+    first, second = joined.named("engine_step")
+    assert attributes(first)["npu.dropped.internal_error"] == 2
+    assert not [key for key in attributes(second) if key.startswith("npu.dropped")]
+
+
 def test_a_step_that_was_not_chosen_is_no_span_of_any_process(joined: Joined) -> None:
     joined.schedule(1, trace_id=b"")
     assert joined.run(1, trace_id=b"", span_id=b"") == []

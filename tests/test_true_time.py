@@ -27,7 +27,7 @@ from otel_npu.settings import Settings
 from otel_npu.wire import frames
 from tests.conftest import REPOSITORY
 from tests.receiver import Receiver, Span
-from tests.true_time import DAY, HOST_START_NS, MS, US, Run, S, Scenario, Wall, Worker, serve
+from tests.true_time import DAY, HOST_START_NS, MS, US, Run, S, Scenario, Wall, Worker, deliver, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -443,15 +443,8 @@ class Pinging:
     def __init__(self) -> None:
         # A device of its own, because the process's keeps its events for whoever turns tracing on next.
         self.worker = Worker(Settings(export="inprocess", steps_per_second=0), Npu.open())
-        self.worker._channel.attach(self)  # type: ignore[arg-type]
         self.sent: list[frames.Frame] = []
-
-    def send(self, packet: bytes, _flags: int) -> int:
-        self.sent.append(frames.decode_frame(packet))
-        return len(packet)
-
-    def close(self) -> None:
-        pass
+        deliver(self.worker._channel, lambda packet: self.sent.append(frames.decode_frame(packet)))
 
     @property
     def pings(self) -> list[frames.Ping]:

@@ -16,6 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased, Sampler, SamplingResult
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from otel_npu import semconv
+from otel_npu.capture import switch
 from otel_npu.vllm import front_end
 from otel_npu.vllm.front_end import KEY, announced
 from otel_npu.wire import frames
@@ -161,6 +163,18 @@ def arrive(processor: Processor, made: Any) -> front_end.Announced:
     told = announced(made.trace_headers)
     assert told is not None
     return told
+
+
+def test_what_the_front_end_left_out_goes_with_a_requests_end(captured: Captured) -> None:
+    recorder = switch.current_recorder()
+    assert recorder is not None
+    recorder.drops.add(semconv.INTERNAL_ERROR, 3)
+    processor = Processor()
+    for _ in range(2):
+        arrive(processor, request(headers={"traceparent": CALLER}))
+        processor.finish("id-0")
+    first, second = ends(captured)
+    assert (first.dropped, second.dropped) == ({semconv.INTERNAL_ERROR: 3}, {})
 
 
 def test_llm_request_gets_the_ids_that_were_told_to_the_engine(captured: Captured, provider: Provider) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import types
@@ -14,6 +15,7 @@ from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.vllm import worker as hooks
 from otel_npu.vllm.engine import STEP_ATTRIBUTE
+from tests.capturing import capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,6 +93,18 @@ def test_the_raw_name_of_a_scope_is_kept(captured: Captured) -> None:
     worker.execute_model(output(result="output"))
     (forward,) = captured.step().stages
     assert forward.attributes == {semconv.RAW_NAME: "gpu_model_runner: forward"}
+
+
+def test_the_log_line_has_the_engines_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "otel_npu"), capturing(log_stages=True) as captured:
+        worker = Worker()
+        worker.executing = lambda: stage("prepare input")
+        worker.sampling = lambda: stage("post process")
+        worker.execute_model(output())
+        worker.sample_tokens(None)
+        captured.finish()
+    (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
+    assert record.getMessage() == "Profile execute duration [Decode]: [post process]:0.00ms [prepare input]:0.00ms"
 
 
 def test_a_step_that_is_no_trace_is_still_told_with_its_engines_step(captured: Captured) -> None:

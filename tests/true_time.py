@@ -27,12 +27,12 @@ from otel_npu.settings import Settings
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.devices.pair import Pair
+    from otel_npu.wire.channel import Channel
 
 S, MS, US = 1_000_000_000, 1_000_000, 1_000
 DAY: Final = 86_400 * S
@@ -303,6 +303,20 @@ class RememberingWallClock(WallClock):
         return self.said_ns
 
 
+def deliver(channel: Channel, take: Callable[[bytes], None]) -> None:
+    """Let a channel's frames come here, instead of into a socket: hello first, then each as it is sent."""
+
+    def transmit(frame: bytes) -> bool:
+        if not channel._greeted:
+            channel._greeted = True
+            take(frames.encode(channel._hello()))
+        take(frame)
+        return True
+
+    setattr(channel, "_transmit", transmit)  # noqa: B010
+    channel.drain()
+
+
 class Relay:
     """The relay's end of the socket, in place of the server: frames in, spans out."""
 
@@ -312,7 +326,8 @@ class Relay:
         self._run = run
         self.assembler: Assembler
 
-    def send(self, packet: bytes, _flags: int) -> int:
+    def take(self, packet: bytes) -> None:
+        """A frame has come."""
         frame = frames.decode_frame(packet)
         if isinstance(frame, frames.Hello):
             self.assembler = Assembler(frame, self._wall, span_limits())
@@ -326,7 +341,6 @@ class Relay:
             spans, truths = self.assembler.step(frame), self._truths.pop(frame.number)
             if spans:
                 self._keep(frame, spans, truths)
-        return len(packet)
 
     def _keep(self, step: frames.Step, spans: list[ReadableSpan], truths: list[Truth]) -> None:
         *of_stages, _ = spans
@@ -390,7 +404,7 @@ class Engine:
         self.worker = Worker(settings, self.device)
         self.worker._limiter = context.Limiter(scenario.kept, self.clock)
         self.relay = Relay(wall, self._truths, self.run)
-        self.worker._channel.attach(cast("socket.socket", self.relay))
+        deliver(self.worker._channel, self.relay.take)
 
     def serve(self) -> Run:
         """Run the scenario."""

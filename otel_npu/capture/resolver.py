@@ -238,9 +238,10 @@ def _encodable(text: str) -> bool:
 
 def _log_line(step: Step) -> None:
     durations: dict[str, int] = {}
-    for stage in reversed(step.stages):  # the last first, as vllm-ascend printed them
+    for stage in reversed(step.stages):  # the last first and by the engine's own names, as vllm-ascend printed them
         duration_ns = stage.exited_ns - stage.entered_ns if stage.duration_ns is None else stage.duration_ns
-        durations[stage.name] = durations.get(stage.name, 0) + duration_ns
+        name = stage.attributes.get(semconv.RAW_NAME, stage.name)
+        durations[name] = durations.get(name, 0) + duration_ns
     if durations:
         tags = " ".join(f"[{name}]:{duration_ns * 1e-6:.2f}ms" for name, duration_ns in durations.items())
         _log.info("Profile execute duration [%s]: %s", (step.kind or "step").capitalize(), tags)

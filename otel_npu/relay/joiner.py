@@ -84,6 +84,7 @@ class Joiner:
         """
         assembler = client.assembler
         if isinstance(frame, frames.RequestEnd):
+            self._drops.put_back(frame.dropped)  # a front end has no step of its own to say it on
             self._front_end_done(frame)
             return
         engine = self._engines.get(client)

@@ -290,7 +290,8 @@ def _tell_end(processor: Any, arrival: Arrival, state: Any, reason: str, ended_u
     recorder = _recorder(processor)
     if arrival.announced is None or recorder is None:
         return
-    recorder.send(frames.RequestEnd(arrival.announced.key, ended_unix_ns, _output_tokens(state), reason))
+    key, tokens, dropped = arrival.announced.key, _output_tokens(state), recorder.drops.take_unsent()
+    recorder.send(frames.RequestEnd(key, ended_unix_ns, tokens, reason, dropped), dropped)
 
 
 def _output_tokens(state: Any) -> int:

@@ -167,12 +167,16 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
 
 
 class RequestEnd(msgspec.Struct, array_like=True, tag="request_end", frozen=True):
-    """The front end is done with a request: after so many output tokens, for this reason (`stop`, `abort`, ...)."""
+    """The front end is done with a request: after so many output tokens, for this reason (`stop`, `abort`, ...).
+
+    `dropped` counts what the process left out since its last frame with counts.
+    """
 
     key: bytes
     ended_unix_ns: Nanoseconds
     output_tokens: Count
     reason: str
+    dropped: dict[str, Count]
 
 
 class Flush(msgspec.Struct, array_like=True, tag="flush", frozen=True):
