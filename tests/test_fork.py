@@ -34,7 +34,8 @@ FORK = """
 
 def each_by_itself(receiver: Receiver, *names: str) -> dict[str, Span]:
     """The stages of these names, once each, with a step and a process of their own."""
-    receiver.wait_for(len(names))
+    for name in names:
+        receiver.wait_for(1, name)
     spans = {span.name: span for span in receiver.spans if span.name != "worker_step"}
     assert set(spans) == set(names)
     assert len([span for span in receiver.spans if span.name != "worker_step"]) == len(names)

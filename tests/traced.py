@@ -225,7 +225,8 @@ def _is_relay(pid: int, run_folder: Path) -> bool:
     except OSError:
         return False  # it has gone
     socket = os.fsencode(run_folder) + b"/"
-    return b"otel_npu.relay" in arguments and any(argument.startswith(socket) for argument in arguments)
+    # Not the process that starts it, among whose arguments are the relay's.
+    return arguments[1:3] == [b"-m", b"otel_npu.relay"] and any(argument.startswith(socket) for argument in arguments)
 
 
 def _signal(pid: int, number: int) -> None:
