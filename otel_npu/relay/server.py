@@ -19,6 +19,7 @@ from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
 from otel_npu.relay.export import ExportError, ExportQueue, Nowhere, exporters_from_environment
 from otel_npu.relay.joiner import Joiner
+from otel_npu.relay.patience import Patience
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames, rendezvous
@@ -37,7 +38,6 @@ _LOOK_SECONDS: Final = 0.01
 _QUIET_SECONDS: Final = 1.0
 _FIRST_CLIENT_SECONDS: Final = 10.0
 _FRAMES_PER_TURN: Final = 1024
-_LATE_NS: Final = 200_000_000
 DRAIN_SECONDS: Final = 5.0
 _MAX_FLUSH_SECONDS: Final = 60.0
 _WAKE: Final = b"\0"
@@ -49,31 +49,6 @@ class _Client(Client):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
         self.connection = connection
-
-
-class _Patience:
-    """Seconds for which something could have been read and was not: what deadlines count.
-
-    While frames are read long after they were sent, what is waited for may be among those that are not read yet. So
-    it goes slowly then: a relay that gets too little of the processor is late, but not wrong.
-    """
-
-    _LONGEST_TURN = 0.1
-    _BEHIND = 0.1
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._at = time.monotonic()
-
-    def __call__(self) -> float:
-        return self._seconds
-
-    def turn(self, *, late: bool) -> None:
-        """What was there has been read; `late` if some of it was late."""
-        now = time.monotonic()
-        # In a turn that took long, what came meanwhile is still unread.
-        self._seconds += min(now - self._at, self._LONGEST_TURN) * (self._BEHIND if late else 1.0)
-        self._at = now
 
 
 class Server:
@@ -94,8 +69,7 @@ class Server:
         self._stay = stay
         self._wall = WallClock()
         self._limits = span_limits()
-        self._patience = _Patience()
-        self._late = False
+        self._patience = Patience()
         self._joiner = Joiner(self._wall, self._export.put, self._drops, self._patience)
         self._flushes: list[tuple[Account, socket.socket, frames.Flush]] = []
         self._clients: dict[int, _Client] = {}
@@ -208,9 +182,8 @@ class Server:
 
     def _turn(self, wait_seconds: float) -> bool:
         """Handle what is there; whether there was anything."""
-        self._late = False
         busy = self._look(wait_seconds)
-        self._patience.turn(late=self._late)
+        self._patience.turn()
         if self._flushes:
             self._look(0.0)  # what others have sent before it lies in their sockets
             self._guarded(self._joiner.flush)
@@ -280,7 +253,7 @@ class Server:
                 continue
             try:
                 frame = frames.decode_frame(self._view[:length])
-                self._late = self._late or _is_late(frame)
+                self._patience.read(frame)
                 self._handle(client, frame)
             except (msgspec.MsgspecError, ValueError) as error:
                 self._bad_frame(client, str(error))
@@ -338,16 +311,3 @@ class Server:
         line = self._drops.take_line()
         if line:
             _log.warning("left out in the last minute: %s", line)
-
-
-def _is_late(frame: frames.Frame) -> bool:
-    """Whether it was sent long ago. All its senders are on this host."""
-    if isinstance(frame, frames.Step):
-        sent_ns = frame.seen_ns
-    elif isinstance(frame, frames.Scheduled):
-        sent_ns = frame.scheduled_ns
-    elif isinstance(frame, frames.Updated):
-        sent_ns = frame.closed_ns
-    else:
-        return False
-    return time.perf_counter_ns() - sent_ns > _LATE_NS
