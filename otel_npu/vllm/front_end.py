@@ -7,9 +7,7 @@ to the span when vLLM makes it.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-import functools
 import os
 import re
 import time
@@ -21,11 +19,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from otel_npu import semconv
 from otel_npu.capture.context import SAMPLED, new_bytes
-from otel_npu.vllm import tracing
+from otel_npu.vllm import chosen, tracing
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from otel_npu.capture.recorder import Recorder
 
@@ -137,8 +135,8 @@ def _choose(request: Any, headers: dict[str, str], maker: Any) -> Arrival:
         parent_span_id = span_context.span_id.to_bytes(8, "big")
         sampled = span_context.is_valid and bool(span_context.trace_flags & SAMPLED) and not _always_off()
     request_id = getattr(request, "external_req_id", None) or request.request_id
-    chosen = Announced(key, trace_id.to_bytes(16, "big"), parent_span_id, request_id) if sampled else None
-    return Arrival(chosen, parent, sampling, int(request.arrival_time * 1e9))
+    told = Announced(key, trace_id.to_bytes(16, "big"), parent_span_id, request_id) if sampled else None
+    return Arrival(told, parent, sampling, int(request.arrival_time * 1e9))
 
 
 def _gives_ids(processor: Any) -> bool:
@@ -218,7 +216,7 @@ def around_tracing(do_tracing: Callable[..., Any]) -> Callable[..., Any]:
         arrival = _arrival_of(req_state)
         if arrival is None:
             return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
-        with _chosen(_maker(self), arrival):
+        with chosen.ids(_maker(self), arrival):
             return do_tracing(self, engine_core_output, req_state, *args, **kwargs)
 
     setattr(call, _GIVES_IDS, True)
@@ -257,7 +255,7 @@ def _aborted(processor: Any, states: dict[str, Any] | None, request_ids: list[st
 
 def _make_llm_request(maker: Any, arrival: Arrival, state: Any, ended_unix_ns: int) -> None:
     if arrival.announced is not None:
-        with _chosen(maker, arrival):
+        with chosen.ids(maker, arrival):
             tracer = maker if hasattr(maker, "start_span") else trace.get_tracer(_TRACER)
             span = tracer.start_span(
                 _LLM_REQUEST,
@@ -308,63 +306,3 @@ def _arrival_of(state: Any) -> Arrival | None:
 def _recorder(processor: Any) -> Recorder | None:
     # The flag's endpoint is what vLLM's tracer has put into the environment; without the flag nothing has.
     return tracing.recorder(lambda: tracing.environment_endpoint() if _vllm_traces(processor) else None)
-
-
-# vLLM's provider, or tracer.
-
-_forced: contextvars.ContextVar[Arrival | None] = contextvars.ContextVar("otel_npu_forced", default=None)
-
-
-@contextlib.contextmanager
-def _chosen(maker: Any, arrival: Arrival) -> Iterator[None]:
-    """The span that is started inside has the ids and the verdict of its request's arrival."""
-    _prepare(maker)
-    token = _forced.set(arrival)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-@tracing.guarded
-def _prepare(maker: Any) -> None:
-    if not hasattr(maker, "id_generator") or hasattr(maker, "_otel_npu_prepared"):
-        return
-    generator, sampler = maker.id_generator, maker.sampler
-    # Wrapped on the objects: whatever else they can do, and whatever class they are of, stays as it is.
-    maker.id_generator = _Instead(generator, generate_trace_id=_trace_id, generate_span_id=_span_id)
-    maker.sampler = _Instead(sampler, should_sample=_sampling)
-    maker._otel_npu_prepared = True
-
-
-class _Instead:
-    """An object with some of its methods replaced; each gets the one that it replaces."""
-
-    def __init__(self, inner: Any, **methods: Callable[..., Any]) -> None:
-        self._inner = inner
-        for name, method in methods.items():
-            setattr(self, name, functools.partial(method, getattr(inner, name)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-def _trace_id(generate: Callable[[], int]) -> int:
-    arrival = _forced.get()
-    if arrival is None or arrival.announced is None:
-        return generate()
-    return int.from_bytes(arrival.announced.trace_id, "big")
-
-
-def _span_id(generate: Callable[[], int]) -> int:
-    arrival = _forced.get()
-    if arrival is None or arrival.announced is None:
-        return generate()
-    return int.from_bytes(arrival.announced.key, "big")
-
-
-def _sampling(should_sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    arrival = _forced.get()
-    if arrival is None or arrival.sampling is None:
-        return should_sample(*args, **kwargs)
-    return arrival.sampling
