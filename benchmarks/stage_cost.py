@@ -27,7 +27,7 @@ from otel_npu.capture import switch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.ascend.simulator import Simulator
+    from tests.helpers.ascend.simulator import Simulator
 
 _STAGES = 20  # stages in what is timed at once
 _STAGES_PER_STEP = 5
@@ -162,7 +162,7 @@ def measure(rounds: int) -> None:
     """Measure in this process, whose environment says whether the task queue is on."""
     simulator: Simulator | None = None
     with contextlib.suppress(ImportError):  # an installation without the tests: then there must be an NPU
-        from tests.ascend.simulator import Simulator
+        from tests.helpers.ascend.simulator import Simulator
 
         simulator = Simulator.load()
     import torch

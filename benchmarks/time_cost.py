@@ -111,7 +111,7 @@ def ping_costs(count: int) -> tuple[float, float, float, int]:
     """Of a ping on the real binding: median, 99th percentile and bracket in nanoseconds; and how many failed."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     with contextlib.suppress(ImportError):  # an installation without the tests: then there must be an NPU
-        from tests.ascend.simulator import Simulator
+        from tests.helpers.ascend.simulator import Simulator
 
         Simulator.load()
     import torch

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from benchmarks.vllm_timed_steps import DEVICE_MS, ENGINE, FOLDER, WORKER, totals
-from tests.tiny_model import words
-from tests.vllm_server import ROOMY, Server
+from tests.helpers.tiny_model import words
+from tests.helpers.vllm_server import ROOMY, Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,15 +13,15 @@ import pytest
 # Where torch_npu is installed, importing torch without an Ascend runtime fails; who wants both loads both.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
-from tests.receiver import Receiver
+from tests.helpers import REPOSITORY
+from tests.helpers.receiver import Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
-    from tests.ascend.simulator import Simulator
-    from tests.capturing import Captured, Exported
-
-REPOSITORY = Path(__file__).parents[1]
+    from tests.helpers.ascend.simulator import Simulator
+    from tests.helpers.capturing import Captured, Exported
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def captured() -> Iterator[Captured]:
     """Tracing on a simulated NPU with a clock of the test's own; what is captured is seen as frames."""
-    from tests.capturing import capturing
+    from tests.helpers.capturing import capturing
 
     with capturing() as tracing:
         yield tracing
@@ -78,7 +77,7 @@ def captured() -> Iterator[Captured]:
 def exported(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Exported:
     """The same, with the relay on a thread and its spans sent to the receiver."""
     from otel_npu.capture import switch
-    from tests.capturing import Clock, Exported, chosen, simulated
+    from tests.helpers.capturing import Clock, Exported, chosen, simulated
 
     for variable, value in receiver.grpc_environment.items():
         monkeypatch.setenv(variable, value)
@@ -119,8 +118,8 @@ def program(folder: Path, source: str) -> list[str]:
 @pytest.fixture(scope="session")
 def loaded_ascend() -> Simulator:
     """The real torch_npu on the simulated runtime, loaded into this process."""
-    from tests.ascend.build import BuildError
-    from tests.ascend.simulator import Simulator
+    from tests.helpers.ascend.build import BuildError
+    from tests.helpers.ascend.simulator import Simulator
 
     try:
         simulator = Simulator.load()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.receiver import Receiver
-from tests.traced import Programs
+from tests.helpers.receiver import Receiver
+from tests.helpers.traced import Programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

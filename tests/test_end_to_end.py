@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.collector import Collector
+from tests.helpers.collector import Collector
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.ascend.simulator import Simulator
-    from tests.receiver import Receiver, Span
+    from tests.helpers.ascend.simulator import Simulator
+    from tests.helpers.receiver import Receiver, Span
 
     RunProgram = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -27,7 +27,7 @@ STAGES = ("prepare_input", "forward", "post_process", "sample", "draft")
 # Each writes what the simulated device executed, from the runtime's own log, to a file.
 PROGRAM = """
 import json, random, sys, time
-from tests.ascend.simulator import Simulator
+from tests.helpers.ascend.simulator import Simulator
 simulator = Simulator.load()
 import torch, torch_npu
 import otel_npu
@@ -220,7 +220,7 @@ def test_resolving_does_not_wait_for_a_task_that_holds_up_the_queue(ascend: Simu
 def test_a_million_stages_leave_no_memory_and_no_event_behind(run_program: RunProgram) -> None:
     done = run_program(
         """
-        from tests.ascend.simulator import Simulator
+        from tests.helpers.ascend.simulator import Simulator
         simulator = Simulator.load()
         import torch, torch_npu
         import otel_npu

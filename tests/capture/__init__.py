@@ -1,0 +1,1 @@
+"""Capture, on a simulated NPU with a clock of the test's own."""

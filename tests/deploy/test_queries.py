@@ -1,0 +1,139 @@
+"""The searches of `deploy/queries.md` name what is there, and are searches."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import pytest
+
+from otel_npu import semconv
+from otel_npu.vllm import front_end, stages
+from tests.helpers import REPOSITORY, traceql
+
+TEXT: Final = (REPOSITORY / "deploy/queries.md").read_text()
+SPANS: Final = {
+    *(term.name for term in semconv.SPANS if not term.name.startswith("<")),
+    *(entry.name for entry in stages.STAGES.values() if entry.timing is not stages.IGNORED),
+    front_end._LLM_REQUEST,
+}
+RESOURCE: Final = {
+    *(semconv.SERVICE_NAME, semconv.SERVICE_INSTANCE_ID, semconv.PROCESS_PID, semconv.HOST_NAME),
+    *(semconv.DEVICE_TYPE, semconv.DEVICE_NAME),
+}
+JAEGER_FIELDS: Final = {"Service", "Operation", "Tags", "Min Duration", "Max Duration"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def defined(attribute: str, *, resource: bool = False) -> bool:
+    """Whether the conventions have this attribute; what stands in angle brackets there is any name of its kind."""
+    for term in semconv.ATTRIBUTES:
+        if "<reason>" in term.name:
+            names = [term.name.replace("<reason>", reason.name) for reason in semconv.DROP_REASONS]
+        elif "<name>" in term.name:
+            names = [term.name.replace("<name>", name) for name in SPANS]
+        else:
+            names = [term.name]
+        if attribute in names:
+            return resource == (term.name in RESOURCE)
+    return False
+
+
+@pytest.mark.parametrize("query", blocks("traceql"))
+def test_a_traceql_query_names_only_spans_and_attributes_of_ours(query: str) -> None:
+    found = traceql.parse(query)
+    assert found.span_names <= SPANS
+    for attribute in found.attributes:
+        scope, _, name = attribute.partition(".")
+        assert scope in ("span", "resource"), f"{attribute}: a scope makes the search quick"
+        assert defined(name, resource=scope == "resource"), attribute
+
+
+@pytest.mark.parametrize("search", blocks("jaeger"))
+def test_a_jaeger_search_names_only_spans_and_attributes_of_ours(search: str) -> None:
+    fields = dict(line.split(": ", 1) for line in search.splitlines())
+    assert set(fields) <= JAEGER_FIELDS
+    assert fields["Operation"] in SPANS
+    for tag in fields.get("Tags", "").split():
+        name, equals, value = tag.partition("=")
+        assert defined(name), name
+        assert equals
+        assert value
+    for duration in ("Min Duration", "Max Duration"):
+        assert re.fullmatch(r"\d+(\.\d+)?(us|ms|s|m|h)", fields.get(duration, "1s"))
+
+
+def test_every_question_has_a_search_for_both() -> None:
+    for section in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
+        question = section.splitlines()[0]
+        assert "```traceql" in section, question
+        assert "```jaeger" in section, question
+
+
+def test_the_questions_that_people_ask_are_answered() -> None:
+    questions = re.findall(r"^## (.*)", TEXT, re.MULTILINE)
+    for words in ("request slow", "stage grew", "device-bound", "rank straggles", "shared the slow step"):
+        assert any(words in question for question in questions), words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "{ } | rate()",
+        "{ span.npu.rank = 0 && !(duration > 1.5s) } >> { name =~ `a|b` } | count() > 2",
+        '({ name = "a" } && { status = error }) || { kind = server }',
+        '{ name = "a" } &>> { span:duration > 10ms } | by(resource.service.name) | avg(duration) >= 20ms',
+        "{ span.a.b-c != nil } | quantile_over_time(duration, 0.5, .9) by (name, span.x) > 1s | topk(10)",
+        "{} | rate() by (name) | topk(10) > 5 with(sample=true)",
+        "{ span.a * 1000 > span.b + -2 } | select(span.a, event:name)",
+        '{ name = "a" } | compare({ status = error }, 10)',
+    ],
+)
+def test_the_parser_takes_what_the_language_has(text: str) -> None:
+    traceql.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "{ name = }",
+        "{ name = x }",
+        '{ nam = "x" }',
+        '{ span:title = "x" }',
+        "{ duration > 1w }",
+        "{} | median_over_time(duration)",
+        "{} | rate(duration)",
+        "{} | avg_over_time()",
+        "{} | avg_over_time(duration, 0.5)",
+        "{} | count()",
+        "{} | rate() | select(name)",
+        "{} by (name)",
+        "{} {}",
+        "{} > name",
+        "{ span. = 1 }",
+        "{} with(fast=true)",
+        '{ name = "x }',
+    ],
+)
+def test_the_parser_refuses_what_the_language_has_not(text: str) -> None:
+    with pytest.raises(traceql.TraceQLError):
+        traceql.parse(text)
+
+
+def test_the_parser_says_what_a_query_names() -> None:
+    found = traceql.parse('{ name = "a" && span.b > 1 } > { name =~ "c|d" } | rate() by (resource.e)')
+    assert found.span_names == {"a", "c", "d"}
+    assert found.attributes == {"span.b", "resource.e"}
+    assert found.metrics
+
+
+def test_the_page_links_to_what_exists() -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    assert targets
+    assert all((REPOSITORY / "deploy" / target).exists() for target in targets)

@@ -1,0 +1,1 @@
+"""README, docs and examples say what is so."""

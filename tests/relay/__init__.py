@@ -1,0 +1,1 @@
+"""The relay: clock, assembling, joining, export, and its life as a process."""

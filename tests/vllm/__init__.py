@@ -1,0 +1,1 @@
+"""The vLLM plugin, on stand-ins, on published wheels, and in the real server."""

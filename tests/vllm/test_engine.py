@@ -1,0 +1,245 @@
+"""What is told of an engine's scheduler, on a scheduler of the same shape as vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_npu.vllm import engine
+from otel_npu.vllm.front_end import KEY, Announced
+from otel_npu.wire import frames
+from tests.helpers.capturing import capturing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.helpers.capturing import Captured
+
+CONFIG: Any = types.SimpleNamespace(parallel_config=types.SimpleNamespace(world_size=2))
+
+
+class Scheduler:
+    """Schedules what a test says."""
+
+    def __init__(self) -> None:
+        self.finished: set[str] = set()
+        self.requests: dict[str, Any] = {}
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+
+    def schedule(self, tokens: dict[str, int], preempted: tuple[str, ...] = ()) -> Any:
+        for request_id, count in tokens.items():
+            self.requests[request_id].num_computed_tokens += count
+        finished, self.finished = self.finished, set()
+        return types.SimpleNamespace(
+            num_scheduled_tokens=tokens,
+            total_num_scheduled_tokens=sum(tokens.values()),
+            finished_req_ids=finished,
+            preempted_req_ids=set(preempted),
+        )
+
+    def update_from_output(self, scheduler_output: Any, outputs: dict[str, tuple[int, str | None]]) -> dict[int, Any]:
+        self.finished |= {request_id for request_id, (_, reason) in outputs.items() if reason}
+        return {
+            0: types.SimpleNamespace(
+                outputs=[
+                    types.SimpleNamespace(request_id=request_id, new_token_ids=[5] * count, finish_reason=reason)
+                    for request_id, (count, reason) in outputs.items()
+                ]
+            )
+        }
+
+
+def request(request_id: str, prompt_tokens: int = 4, *, sampled: bool = True, remote: bool = False) -> Any:
+    told = Announced(request_id.encode().rjust(8, b"k"), b"T" * 16, b"P" * 8, f"user's {request_id}")
+    return types.SimpleNamespace(
+        request_id=request_id,
+        trace_headers={KEY: told.header()} if sampled else None,
+        arrival_time=12.5,
+        num_prompt_tokens=prompt_tokens,
+        num_computed_tokens=prompt_tokens - 1 if remote else 0,
+        kv_transfer_params={"do_remote_prefill": True} if remote else None,
+    )
+
+
+@pytest.fixture(autouse=True)
+def numbers_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own."""
+    monkeypatch.setattr(engine, "_request_numbers", itertools.count(1))
+
+
+@pytest.fixture
+def scheduler(captured: Captured) -> Iterator[Scheduler]:
+    scheduler = Scheduler()
+    engine.EngineSteps(scheduler, CONFIG)
+    return scheduler  # type: ignore[return-value]
+
+
+def told(captured: Captured, kind: type) -> list[Any]:
+    captured.finish()
+    return [frame for frame in captured.sent if isinstance(frame, kind)]
+
+
+def test_a_sampled_request_is_told_once_when_it_reaches_the_engine(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.add_request(request("b", sampled=False))
+    assert told(captured, frames.Request) == [
+        frames.Request(b"kkkkkkka", 1, b"T" * 16, b"P" * 8, "user's a", 12_500_000_000)
+    ]
+
+
+def test_a_step_tells_whom_it_serves_and_counts_the_others(captured: Captured, scheduler: Scheduler) -> None:
+    for made in (request("a"), request("b", sampled=False), request("c")):
+        scheduler.add_request(made)
+    output = scheduler.schedule({"a": 4, "b": 3, "c": 2})
+    scheduler.update_from_output(output, {"a": (1, None), "b": (0, None)})
+    (scheduled,) = told(captured, frames.Scheduled)
+    assert (scheduled.requests, scheduled.tokens, scheduled.prefills) == ([1, 2], [4, 2], [True, True])
+    assert (scheduled.total_tokens, scheduled.total_requests, scheduled.ranks) == (9, 3, 2)
+    assert scheduled.opened_ns <= scheduled.scheduled_ns
+    assert getattr(output, engine.STEP_ATTRIBUTE) == (scheduled.trace_id, scheduled.span_id, 1, "prefill")
+    (updated,) = told(captured, frames.Updated)
+    assert (updated.span_id, updated.requests, updated.new_tokens, updated.finished) == (
+        scheduled.span_id,
+        [1],
+        [1],
+        [],
+    )
+
+
+def test_the_kind_of_a_step_follows_from_what_its_requests_are_at(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.schedule({"a": 3})
+    scheduler.schedule({"a": 1})
+    scheduler.schedule({"a": 1})
+    scheduler.add_request(request("b"))
+    scheduler.schedule({"a": 1, "b": 4})
+    assert [step.kind for step in told(captured, frames.Scheduled)] == ["prefill", "prefill", "decode", "mixed"]
+    assert [step.prefills for step in told(captured, frames.Scheduled)] == [[True], [True], [False], [False, True]]
+
+
+def test_where_another_engine_did_the_prefill_there_is_none(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a", remote=True))
+    scheduler.schedule({"a": 1})
+    assert [step.kind for step in told(captured, frames.Scheduled)] == ["decode"]
+
+
+def test_a_finished_request_is_told_with_its_last_output(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a"))
+    output = scheduler.schedule({"a": 4})
+    scheduler.update_from_output(output, {"a": (1, "length")})
+    scheduler.schedule({})
+    assert [step.finished for step in told(captured, frames.Updated)] == [[1]]
+    assert [step.ended for step in told(captured, frames.Scheduled)] == [[]]
+
+
+def test_an_aborted_request_is_told_with_the_next_step_even_without_tokens(
+    captured: Captured, scheduler: Scheduler
+) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.schedule({"a": 4})
+    scheduler.finished.add("a")
+    output = scheduler.schedule({})
+    carrier = told(captured, frames.Scheduled)[1]
+    assert (carrier.ended, carrier.trace_id, carrier.total_tokens) == ([1], b"", 0)
+    assert not hasattr(output, engine.STEP_ATTRIBUTE)
+
+
+def test_a_preempted_request_is_told(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.add_request(request("b"))
+    scheduler.schedule({"a": 4, "b": 4})
+    scheduler.schedule({"a": 1}, ("b",))
+    assert [step.preempted for step in told(captured, frames.Scheduled)] == [[], [2]]
+
+
+def test_step_traces_are_kept_at_the_rate_that_was_chosen_and_the_others_are_told_without_a_trace() -> None:
+    with capturing(steps_per_second=1) as captured:
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        scheduler.add_request(request("a"))
+        for _ in range(5):
+            scheduler.schedule({"a": 4})
+        kept = [bool(step.trace_id) for step in told(captured, frames.Scheduled)]
+        assert kept[0]
+        assert not all(kept)
+        assert all(step.span_id for step in told(captured, frames.Scheduled))
+
+
+def test_without_root_traces_no_step_is_a_trace() -> None:
+    with capturing(root_traces=False) as captured:
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        scheduler.add_request(request("a"))
+        scheduler.schedule({"a": 4})
+        assert [step.trace_id for step in told(captured, frames.Scheduled)] == [b""]
+
+
+def test_nothing_is_left_of_100000_requests(captured: Captured) -> None:
+    scheduler = Scheduler()
+    steps = engine.EngineSteps(scheduler, CONFIG)
+    for number in range(100_000):
+        request_id = f"r{number}"
+        scheduler.add_request(request(request_id, sampled=number % 3 > 0))
+        output = scheduler.schedule({request_id: 4})
+        if number % 2:
+            scheduler.update_from_output(output, {request_id: (1, "stop")})
+        else:
+            scheduler.finished.add(request_id)  # aborted
+        del scheduler.requests[request_id]
+    scheduler.schedule({})
+    assert not steps._members
+
+
+def test_two_engines_of_one_process_number_their_requests_together(captured: Captured) -> None:
+    for name in ("a", "b"):
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        scheduler.add_request(request(name))
+    assert [frame.number for frame in told(captured, frames.Request)] == [1, 2]
+
+
+def test_a_session_with_its_inputs_in_a_stream_is_no_request(captured: Captured, scheduler: Scheduler) -> None:
+    scheduler.add_request(request("a", sampled=False))
+    output = scheduler.schedule({"a": 4})
+    scheduler.update_from_output(output, {"a": (1, "stop")})
+    scheduler.add_request(request("a", sampled=False))
+    scheduler.schedule({"a": 4})
+    assert not told(captured, frames.Request)
+    assert told(captured, frames.Scheduled)[0].kind == "prefill"
+
+
+def test_a_scheduler_that_answers_strangely_is_not_disturbed(captured: Captured) -> None:
+    class Strange:
+        def add_request(self, request: Any) -> str:
+            return "added"
+
+        def schedule(self) -> str:
+            return "scheduled"
+
+        def update_from_output(self, output: Any) -> str:
+            return "updated"
+
+    scheduler = Strange()
+    engine.EngineSteps(scheduler, CONFIG)
+    assert scheduler.add_request(object()) == "added"
+    assert scheduler.schedule() == "scheduled"
+    assert scheduler.update_from_output(None) == "updated"
+    assert captured.recorder.drops.take_unsent() == {"internal_error": 2}
+
+
+def test_a_scheduler_without_one_of_the_methods_is_one_warning(
+    captured: Captured, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other:
+        def add_request(self, request: Any) -> None: ...
+
+        def schedule(self) -> None: ...
+
+    engine.EngineSteps(Other(), CONFIG)
+    (record,) = caplog.records
+    assert "update_from_output" in record.getMessage()

@@ -1,0 +1,268 @@
+"""vLLM's real server, traced: what a user finds under `llm_request` when only `OTEL_NPU_ENABLED` is set."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_npu import semconv
+from tests.helpers.receiver import Receiver
+from tests.helpers.tiny_model import words
+from tests.helpers.traced import eventually
+from tests.helpers.vllm_client import Caller, Client, at_once
+from tests.helpers.vllm_server import SMALL, Server, needs_vllm
+from tests.helpers.vllm_spans import (
+    LLM_REQUEST,
+    OURS,
+    Spans,
+    assert_consistent,
+    assert_phases,
+    assert_shares_add_up,
+    assert_steps_whole,
+    attributed_seconds,
+    linked_steps,
+    request_in,
+    requests_of,
+    steps_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.helpers.receiver import Span
+
+pytestmark = needs_vllm
+
+MIXED_REQUESTS = 1000
+CONCURRENCY = 32
+
+
+@dataclass
+class Serving:
+    """The server of this module, its client, and the receiver of its spans."""
+
+    server: Server
+    client: Client
+    receiver: Receiver
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for all tests here. Its steps are small and so is its cache: prompts come in chunks."""
+    with Receiver() as receiver:
+        endpoint = f"http://127.0.0.1:{receiver.grpc_port}"
+        every_step = {"OTEL_NPU_STEPS_PER_SECOND": "all"}
+        folder = tmp_path_factory.mktemp("vllm")
+        with Server(folder, [*SMALL, "--otlp-traces-endpoint", endpoint], every_step) as server:
+            yield Serving(server, Client(server.port), receiver)
+
+
+def test_a_request_with_a_traceparent_is_one_trace_with_its_phases_and_their_stages(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers(), max_tokens=6)
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    assert request.parent_span_id == caller.span_id
+    assert_phases(spans, request)
+    for phase in (semconv.PREFILL, semconv.DECODE):
+        assert any(span.name == "forward" for span in spans.descendants(spans.child(request, phase)))
+
+
+def test_our_spans_arrive_in_the_same_service_as_vllms(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers())
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    assert request.scope != OURS
+    for span in spans.descendants(request):
+        assert span.scope == OURS
+        assert span.resource["service.name"] == request.resource["service.name"]
+
+
+def test_a_step_links_to_its_requests_and_holds_its_ranks_step_with_its_stages(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers(), max_tokens=3)
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    eventually(lambda: len(linked_steps(Spans(serving.receiver.spans), request)) == 3, "three steps linked")
+    spans = Spans(serving.receiver.spans)
+    steps = linked_steps(spans, request)
+    assert [step.attributes[semconv.STEP_KIND] for step in steps] == ["prefill", "decode", "decode"]
+    for step in steps:
+        worker_step = spans.child(step, semconv.WORKER_STEP)
+        stages = spans.names(worker_step)
+        assert stages[:3] == ["prepare_input", "forward", "post_process"]
+        assert "sample" in stages
+        assert step.start_ns <= worker_step.start_ns <= worker_step.end_ns <= step.end_ns
+
+
+def test_a_request_without_a_traceparent_is_a_trace_of_its_own(serving: Serving) -> None:
+    answer = serving.client.complete(words(5))
+    spans, [request] = requests_of(serving.receiver, of_answer(answer))
+    assert not request.parent_span_id
+    assert_phases(spans, request)
+
+
+def test_the_spans_of_a_request_carry_its_id(serving: Serving) -> None:
+    answer = serving.client.complete(words(5))
+    spans, [request] = requests_of(serving.receiver, of_answer(answer))
+    for phase in spans.children(request):
+        assert phase.attributes[semconv.REQUEST_ID] == request.attributes[semconv.REQUEST_ID]
+
+
+def test_a_caller_that_does_not_sample_gets_nothing(serving: Serving) -> None:
+    unsampled, sampled = Caller(), Caller()
+    serving.client.complete(words(5), unsampled.headers("00"))
+    serving.client.complete(words(5), sampled.headers())
+    spans, _ = request_in(serving.receiver, sampled.trace_id)
+    assert unsampled.trace_id not in {span.trace_id for span in spans.all}
+    assert unsampled.trace_id not in {link[0] for span in spans.all for link in span.links}
+
+
+def test_each_of_n_samples_has_spans_of_its_own(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers(), n=3, temperature=1)
+    spans, requests = requests_of(serving.receiver, lambda span: span.trace_id == caller.trace_id, 3)
+    for request in requests:
+        assert request.parent_span_id == caller.span_id
+        assert_phases(spans, request)
+
+
+def test_each_of_several_prompts_has_spans_of_its_own(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete([words(5), words(90, 17), words(7, 200)], caller.headers())
+    spans, requests = requests_of(serving.receiver, lambda span: span.trace_id == caller.trace_id, 3)
+    for request in requests:
+        assert_phases(spans, request)
+
+
+def test_requests_whose_client_chose_the_same_id_are_told_apart(serving: Serving) -> None:
+    callers = [Caller() for _ in range(4)]
+    asking = [
+        functools.partial(serving.client.complete, words(5), {"X-Request-Id": "again", **caller.headers()})
+        for caller in callers
+    ]
+    at_once(asking, len(callers))
+    for caller in callers:
+        spans, request = request_in(serving.receiver, caller.trace_id)
+        assert "again" in request.attributes[semconv.REQUEST_ID]
+        assert_phases(spans, request)
+
+
+def test_a_streamed_completion_and_a_chat_are_traced_alike(serving: Serving) -> None:
+    streaming, chatting = Caller(), Caller()
+    assert serving.client.stream(words(5), streaming.headers(), max_tokens=5)
+    serving.client.chat(words(5), chatting.headers(), max_tokens=5)
+    for caller in (streaming, chatting):
+        spans, request = request_in(serving.receiver, caller.trace_id)
+        assert_phases(spans, request)
+
+
+def test_a_request_of_one_token_has_no_decode(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers(), max_tokens=1)
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    assert_phases(spans, request, (semconv.QUEUE, semconv.PREFILL))
+
+
+def test_steps_that_ran_on_after_a_stop_string_are_surplus_and_in_no_phase(serving: Serving) -> None:
+    prompt = words(5, 40)
+    text = serving.client.complete(prompt, max_tokens=40)["choices"][0]["text"].split()
+    stop = next(word for place, word in enumerate(text) if place >= 5 and word not in text[:place])
+    surplus = []
+    for _ in range(5):  # whether the engine has begun another step by then is a race; all are to be right
+        caller = Caller()
+        serving.client.complete(prompt, caller.headers(), max_tokens=40, stop=[stop])
+        spans, request = request_in(serving.receiver, caller.trace_id)
+        assert_phases(spans, request)
+        surplus.append(sum(span.attributes.get(semconv.REQUEST_SURPLUS_STEPS, 0) for span in spans.children(request)))
+    assert any(surplus)
+
+
+def test_a_client_that_hangs_up_leaves_a_request_that_was_aborted_with_what_it_used(serving: Serving) -> None:
+    caller = Caller()
+    chunks = serving.client.stream(words(30), caller.headers(), max_tokens=450, hang_up_after=5)
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    assert chunks == 5
+    assert request.parent_span_id == caller.span_id
+    assert request.attributes[semconv.FINISH_REASONS] == ["abort"]
+    assert_phases(spans, request)
+    assert attributed_seconds(spans, request) > 0
+
+
+def test_a_prompt_in_chunks_is_one_prefill_of_several_steps(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(200, 300), caller.headers())  # in steps of at most 64 tokens
+    spans, request = request_in(serving.receiver, caller.trace_id)
+    assert_phases(spans, request)
+    assert spans.child(request, semconv.PREFILL).attributes[semconv.REQUEST_STEPS] >= 4
+
+
+def test_a_request_that_was_put_back_into_the_queue_says_so_and_is_whole(serving: Serving) -> None:
+    caller = Caller()
+    prompts = [words(60, 40 * number) for number in range(10)]
+    before = serving.client.preemptions()
+    serving.client.complete(prompts, caller.headers(), max_tokens=200)
+    preemptions = serving.client.preemptions() - before
+    assert preemptions > 0
+    spans, requests = requests_of(serving.receiver, lambda span: span.trace_id == caller.trace_id, len(prompts))
+    events: Counter[str] = Counter()
+    for request in requests:
+        assert_phases(spans, request)
+        events.update(name for span in spans.children(request) for name, _ in span.events)
+    assert events == {semconv.PREEMPTED: preemptions}
+
+
+def test_of_a_thousand_mixed_requests_nothing_is_missing_twice_or_out_of_place(serving: Serving) -> None:
+    """With every step kept: over all that the server has sent since it started."""
+    callers = [Caller() for _ in range(MIXED_REQUESTS)]
+    at_once(
+        [functools.partial(mixed_request, serving.client, *numbered) for numbered in enumerate(callers)], CONCURRENCY
+    )
+    traces = {caller.trace_id for caller in callers}
+    requests_of(serving.receiver, lambda span: span.trace_id in traces, MIXED_REQUESTS * 12 // 10)
+    steps_of(serving.receiver)  # of which a server that is stopped may lose the last
+    serving.server.stop()  # so that all that will ever arrive has arrived
+
+    spans = Spans(serving.receiver.spans)
+    assert_consistent(spans, {span.parent_span_id for span in spans.named(LLM_REQUEST)})
+    assert_steps_whole(spans)
+    by_trace = Counter(span.trace_id for span in spans.named(LLM_REQUEST))
+    for number, caller in enumerate(callers):
+        assert by_trace[caller.trace_id] == 1 + (number % 10 in {2, 3}), f"request {number}"
+    for request in spans.named(LLM_REQUEST):
+        phases = spans.names(request)
+        assert semconv.QUEUE in phases
+        assert semconv.PREFILL in phases or finish_reasons(request) == ["abort"]
+        assert_phases(spans, request, phases)
+    # Not to the last step: where the engine goes on with a request long after its client, the relay waits no longer.
+    assert_shares_add_up(spans, rel=0.02)
+
+
+def mixed_request(client: Client, number: int, caller: Caller) -> None:
+    """One request of a mix; those of 2 and 3 in ten are two for the engine."""
+    headers, tokens = caller.headers(), 1 + number % 5
+    short, long = words(3 + number % 20, number), words(100 + number % 50, number)
+    ways: list[Callable[[], Any]] = [
+        lambda: client.complete(short, headers, max_tokens=tokens),
+        lambda: client.complete(long, headers, max_tokens=tokens),
+        lambda: client.complete([short, long], headers, max_tokens=tokens),
+        lambda: client.complete(short, headers, max_tokens=tokens, n=2, temperature=1),
+        lambda: client.stream(short, headers, max_tokens=tokens),
+        lambda: client.stream(long, headers, max_tokens=300, hang_up_after=2),
+        lambda: client.chat(short, headers, max_tokens=tokens),
+        lambda: client.complete(short, headers, max_tokens=12, stop=["1", "2", "3"]),
+        lambda: client.complete(short, {**headers, "X-Request-Id": "the same"}, max_tokens=tokens),
+        lambda: client.complete(short, headers, max_tokens=1),
+    ]
+    ways[number % 10]()
+
+
+def of_answer(answer: dict[str, Any]) -> Callable[[Span], bool]:
+    """Whether a span is of the request that was answered so."""
+    return lambda span: str(span.attributes.get(semconv.REQUEST_ID, "")).startswith(answer["id"])
+
+
+def finish_reasons(request: Span) -> Any:
+    return request.attributes.get(semconv.FINISH_REASONS)

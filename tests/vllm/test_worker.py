@@ -1,0 +1,409 @@
+"""A worker's steps and stages, on a worker and scopes of the same shape as vLLM's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_npu import semconv
+from otel_npu.capture import switch
+from otel_npu.vllm import worker as hooks
+from otel_npu.vllm.engine import STEP_ATTRIBUTE
+from tests.helpers.capturing import capturing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from otel_npu.wire import frames
+    from tests.helpers.capturing import Captured
+
+TRACE, ENGINE_STEP = b"T" * 16, b"E" * 8
+
+
+def config(**parallel: int) -> Any:
+    fields = {"tensor_parallel_size": 1, "world_size": 1, "data_parallel_rank": 0, **parallel}
+    return types.SimpleNamespace(parallel_config=types.SimpleNamespace(**fields))
+
+
+class Worker:
+    """Runs its stages in `execute_model` and `sample_tokens`, as model runner V1 does."""
+
+    def __init__(self, *, rank: int = 0, pooling: bool = False, **parallel: int) -> None:
+        self.rank = rank
+        self.vllm_config = config(**parallel)
+        self.model_runner = types.SimpleNamespace(is_pooling_model=pooling)
+        self.executing: Callable[[], object] = lambda: stage("gpu_model_runner: forward")
+        self.sampling: Callable[[], object] = lambda: stage("gpu_model_runner: sample")
+
+    def execute_model(self, scheduler_output: Any) -> object:
+        self.executing()
+        return scheduler_output.result
+
+    def sample_tokens(self, grammar_output: Any) -> object:
+        self.sampling()
+        return grammar_output
+
+    def execute_dummy_batch(self) -> None:
+        stage("gpu_model_runner: forward")
+
+    def compile_or_warm_up_model(self) -> None:
+        self.execute_model(output(told=False))
+
+    execute_model = hooks.around_execute_model(execute_model)
+    sample_tokens = hooks.around_sample_tokens(sample_tokens)
+    execute_dummy_batch = hooks.around_dummy_batch(execute_dummy_batch)
+    compile_or_warm_up_model = hooks.around_warm_up(compile_or_warm_up_model)
+
+
+def stage(name: str) -> None:
+    with hooks.scope(name):
+        pass
+
+
+def output(*, tokens: int = 1, result: object = None, told: bool = True, trace_id: bytes = TRACE) -> Any:
+    """A scheduler's output, with the context of its step."""
+    made = types.SimpleNamespace(total_num_scheduled_tokens=tokens, result=result)
+    if told:
+        setattr(made, STEP_ATTRIBUTE, (trace_id, ENGINE_STEP, 7, "decode"))
+    return made
+
+
+def names(step: frames.Step) -> list[str]:
+    return [stage.name for stage in step.stages]
+
+
+def test_a_step_reaches_across_both_calls(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output())
+    worker.sample_tokens(None)
+    step = captured.step()
+    assert names(step) == ["forward", "sample"]
+    assert (step.trace_id, step.parent_span_id, step.number, step.kind) == (TRACE, ENGINE_STEP, 7, "decode")
+    assert all(stage.device_ns is not None for stage in step.stages)
+
+
+def test_the_raw_name_of_a_scope_is_kept(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output(result="output"))
+    (forward,) = captured.step().stages
+    assert forward.attributes == {semconv.RAW_NAME: "gpu_model_runner: forward"}
+
+
+def test_the_log_line_has_the_engines_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "otel_npu"), capturing(log_stages=True) as captured:
+        worker = Worker()
+        worker.executing = lambda: stage("prepare input")
+        worker.sampling = lambda: stage("post process")
+        worker.execute_model(output())
+        worker.sample_tokens(None)
+        captured.finish()
+    (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
+    assert record.getMessage() == "Profile execute duration [Decode]: [post process]:0.00ms [prepare input]:0.00ms"
+
+
+def test_a_step_that_is_no_trace_is_still_told_with_its_engines_step(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output(trace_id=b"", result="output"))
+    step = captured.step()
+    assert (step.trace_id, step.span_id, step.parent_span_id) == (b"", b"", ENGINE_STEP)
+    assert names(step) == ["forward"]
+
+
+def test_a_step_without_tokens_runs_no_model_and_is_nothing(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output(tokens=0, result="output"))
+    assert not captured.steps()
+
+
+@pytest.mark.parametrize(("pooling", "result"), [(True, None), (False, "output")])
+def test_a_step_whose_output_is_returned_at_once_ends_there(
+    captured: Captured, result: object, *, pooling: bool
+) -> None:
+    worker = Worker(pooling=pooling)
+    worker.execute_model(output(result=result))
+    assert names(captured.step()) == ["forward"]
+
+
+def test_a_version_without_sampling_of_its_own_ends_the_step_at_once(captured: Captured) -> None:
+    class Old:
+        rank = 0
+        vllm_config = config()
+        model_runner = types.SimpleNamespace()
+        execute_model = hooks.around_execute_model(lambda _self, _output: stage("forward"))
+
+    Old().execute_model(output())
+    assert names(captured.step()) == ["forward"]
+
+
+def test_a_step_that_was_never_sampled_ends_with_the_next(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output())
+    worker.execute_model(output(result="output"))
+    assert [names(step) for step in captured.steps()] == [["forward"], ["forward"]]
+
+
+@pytest.mark.parametrize("call", ["executing", "sampling"])
+def test_the_models_error_ends_the_step_and_goes_on(captured: Captured, call: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("the model's own")
+
+    worker = Worker()
+    setattr(worker, call, fail)
+
+    def run() -> None:
+        worker.execute_model(output())
+        worker.sample_tokens(None)
+
+    with pytest.raises(RuntimeError, match="the model's own"):
+        run()
+    assert captured.step().error == "RuntimeError"
+
+
+def test_an_idle_ranks_dummy_batch_is_one_forward(captured: Captured) -> None:
+    Worker().execute_dummy_batch()
+    step = captured.step()
+    assert (step.kind, names(step)) == ("dummy", ["forward"])
+
+
+def test_warm_up_is_nothing(captured: Captured) -> None:
+    Worker().compile_or_warm_up_model()
+    assert not captured.steps()
+
+
+def test_scopes_outside_of_a_step_touch_no_event(captured: Captured) -> None:
+    stage("gpu_model_runner: forward")
+    assert not captured.device.pools
+    assert not captured.steps()
+
+
+def test_scopes_on_other_threads_touch_no_event(captured: Captured) -> None:
+    worker = Worker()
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=stage, args=("gpu_model_runner: forward",))
+        thread.start()
+        thread.join()
+
+    worker.executing = elsewhere
+    worker.execute_model(output(result="output"))
+    assert not captured.device.pools
+    assert names(captured.step()) == []
+
+
+def test_a_scope_without_device_work_is_timed_by_the_host(captured: Captured) -> None:
+    worker = Worker()
+    worker.executing = lambda: stage("gpu_model_runner: bookkeep")
+    worker.execute_model(output(result="output"))
+    (bookkeep,) = captured.step().stages
+    assert (bookkeep.name, bookkeep.device_ns) == ("bookkeep", None)
+    assert not captured.device.pools
+
+
+@pytest.mark.parametrize("name", ["schedule: allocate_slots", "llm_engine step: get_output"])
+def test_a_scope_of_the_scheduler_or_the_front_end_is_no_stage(captured: Captured, name: str) -> None:
+    worker = Worker()
+    worker.executing = lambda: stage(name)
+    worker.execute_model(output(result="output"))
+    assert names(captured.step()) == []
+
+
+def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured) -> None:
+    for rank in range(4):
+        worker = Worker(rank=rank, tensor_parallel_size=2, world_size=4, data_parallel_rank=3)
+        worker.execute_model(output(result="output"))
+    steps = captured.steps()
+    assert [(step.rank, step.returns_output) for step in steps] == [(0, False), (1, False), (2, True), (3, False)]
+    assert [step.attributes for step in steps] == [
+        {semconv.TP_RANK: tp, semconv.PP_RANK: pp, semconv.DP_RANK: 3} for pp in (0, 1) for tp in (0, 1)
+    ]
+
+
+def test_the_graph_mode_of_the_forward_is_told(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = types.SimpleNamespace(cudagraph_runtime_mode=types.SimpleNamespace(name="FULL"))
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", types.SimpleNamespace(_forward_context=mode))
+    Worker().execute_model(output(result="output"))
+    step = captured.step()
+    assert step.attributes is not None
+    assert step.attributes[semconv.GRAPH_MODE] == "full"
+
+
+def test_the_graph_mode_is_told_where_the_forward_context_begins_inside_the_forward(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def set_ascend_forward_context() -> Any:
+        mode = types.SimpleNamespace(cudagraph_runtime_mode=types.SimpleNamespace(name="PIECEWISE"))
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "vllm.forward_context", types.SimpleNamespace(_forward_context=mode))
+            yield
+
+    def run() -> None:
+        with hooks.scope("forward"), hooks.noting_graph_mode(set_ascend_forward_context)():
+            pass
+
+    worker = Worker()
+    worker.executing = run
+    worker.execute_model(output(result="output"))
+    step = captured.step()
+    assert step.attributes is not None
+    assert step.attributes[semconv.GRAPH_MODE] == "piecewise"
+
+
+def test_without_the_engines_word_a_step_is_a_trace_of_its_own(captured: Captured) -> None:
+    Worker().execute_model(output(told=False, result="output"))
+    step = captured.step()
+    assert step.trace_id
+    assert not step.parent_span_id
+
+
+def test_a_worker_whose_configuration_is_strange_runs_on(captured: Captured) -> None:
+    worker = Worker()
+    del worker.vllm_config.parallel_config
+    assert worker.execute_model(output(result="output")) == "output"
+    assert captured.dropped() == {semconv.INTERNAL_ERROR: 2}  # at the step's begin and at its end
+
+
+def test_nothing_is_captured_once_tracing_is_off(captured: Captured) -> None:
+    worker = Worker()
+    worker.execute_model(output())
+    switch.turn_off(captured.recorder)
+    worker.sample_tokens(None)
+    worker.execute_model(output(result="output"))
+    assert switch.current_recorder() is None
+
+
+class RayWorkerWrapper:
+    """Goes past the worker, as Ray's compiled graph does."""
+
+    def __init__(self) -> None:
+        self.worker = Worker()
+
+    def execute_model_ray(self, execute_model_input: Any) -> Any:
+        self.worker.executing()
+        self.worker.sampling()
+        return execute_model_input[0].result
+
+    execute_model_ray = hooks.around_ray(execute_model_ray)
+
+
+def test_a_step_in_rays_compiled_graph_is_one_call(captured: Captured) -> None:
+    assert RayWorkerWrapper().execute_model_ray((output(result="output"), "grammar")) == "output"
+    assert names(captured.step()) == ["forward", "sample"]
+
+
+def test_the_models_error_goes_through_rays_compiled_graph(captured: Captured) -> None:
+    def fail() -> None:
+        raise RuntimeError("the model's own")
+
+    wrapper = RayWorkerWrapper()
+    wrapper.worker.executing = fail
+    with pytest.raises(RuntimeError, match="the model's own"):
+        wrapper.execute_model_ray((output(), "grammar"))
+    assert captured.step().error == "RuntimeError"
+
+
+# The slot.
+
+
+def module(choice: Callable[[str], Any] | None) -> types.ModuleType:
+    """A module like `vllm.v1.utils`: it chooses what it calls when it is first called."""
+    made = types.ModuleType("utils")
+    made.__dict__.update(_PROFILER_FUNC=None, choice=choice)
+    exec(
+        "def record_function_or_nullcontext(name):\n"
+        "    global _PROFILER_FUNC\n"
+        "    if _PROFILER_FUNC is None:\n"
+        "        _PROFILER_FUNC = choice\n"
+        "    return _PROFILER_FUNC(name)\n",
+        made.__dict__,
+    )
+    return made
+
+
+@contextlib.contextmanager
+def noting(notes: list[str], name: str) -> Any:
+    notes.append(name)
+    yield
+
+
+def test_what_vllm_would_have_called_is_called_too(captured: Captured) -> None:
+    notes: list[str] = []
+    utils = module(lambda name: noting(notes, name))
+    hooks.take_slot(utils.record_function_or_nullcontext)
+    worker = Worker()
+
+    def run() -> None:
+        for name in ("gpu_model_runner: forward", "schedule: allocate_slots"):
+            with utils.record_function_or_nullcontext(name):
+                pass
+
+    worker.executing = run
+    worker.execute_model(output(result="output"))
+    assert notes == ["gpu_model_runner: forward", "schedule: allocate_slots"]
+    assert names(captured.step()) == ["forward"]
+
+
+def test_with_nothing_to_call_beside_it_the_slot_holds_our_scope_alone() -> None:
+    utils = module(contextlib.nullcontext)
+    hooks.take_slot(utils.record_function_or_nullcontext)
+    with utils.record_function_or_nullcontext("anything"):
+        pass
+    assert utils._PROFILER_FUNC is hooks.scope
+
+
+def test_what_is_in_the_slot_already_is_kept(captured: Captured) -> None:
+    notes: list[str] = []
+    utils = module(None)
+    utils.__dict__["_PROFILER_FUNC"] = lambda name: noting(notes, name)
+    hooks.take_slot(utils.record_function_or_nullcontext)
+    with utils.record_function_or_nullcontext("forward"):
+        pass
+    assert notes == ["forward"]
+
+
+# Model runner V2 and vllm-ascend's ProfileExecuteDuration.
+
+
+def test_a_method_without_a_scope_is_a_stage_of_its_own(captured: Captured) -> None:
+    sample = hooks.staged("sample")(lambda value: value + 1)
+    worker = Worker()
+    results: list[int] = []
+    worker.executing = lambda: results.append(sample(1))
+    worker.execute_model(output(result="output"))
+    assert results == [2]
+    assert names(captured.step()) == ["sample"]
+
+
+def test_a_method_and_the_one_that_it_overrides_are_one_stage(captured: Captured) -> None:
+    class Base:
+        prepare_inputs = hooks.staged("prepare_inputs")(lambda _self: None)
+
+    class Derived(Base):
+        prepare_inputs = hooks.staged("prepare_inputs")(Base.prepare_inputs)
+
+    worker = Worker()
+    worker.executing = lambda: (Derived().prepare_inputs(), Derived().prepare_inputs())
+    worker.execute_model(output(result="output"))
+    assert names(captured.step()) == ["prepare_input", "prepare_input"]
+
+
+def test_the_forward_of_model_runner_v2_is_what_runs_in_its_forward_context(captured: Captured) -> None:
+    @contextlib.contextmanager
+    def set_forward_context(attn_metadata: object) -> Any:
+        yield attn_metadata
+
+    worker = Worker()
+
+    def run() -> None:
+        with hooks.forward_inside(set_forward_context)("metadata") as entered:
+            assert entered == "metadata"
+
+    worker.executing = run
+    worker.execute_model(output(result="output"))
+    assert names(captured.step()) == ["forward"]
