@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_KINDS: Final = 64
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+# Version ff is none, and version 00 ends after the flags; what a later one adds there is not for us.
+_TRACEPARENT: Final = re.compile(r"(?!ff)(?!00.{53}.)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED: Final = 0x01
 
 
@@ -81,12 +82,18 @@ def active_span() -> Any:
     return span_context if span_context.is_valid else None
 
 
+def header_text(value: Any) -> Any:
+    """A header's name or value as text, which ASGI gives as bytes; anything else as it is."""
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
 def link(request: Any) -> bytes | None:
     """A request as a link: trace id, span id, flags, 25 bytes. None if it is not one.
 
     Args:
-        request: A W3C traceparent, an OpenTelemetry span context, or a span.
+        request: A W3C traceparent (bytes too, as ASGI gives headers), an OpenTelemetry span context, or a span.
     """
+    request = header_text(request)
     if isinstance(request, str):
         match = _TRACEPARENT.fullmatch(request.strip())
         if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:

@@ -245,4 +245,7 @@ def _prefill_tokens(request: Any) -> int:
 
 
 def _world_size(vllm_config: Any) -> int:
-    return int(getattr(getattr(vllm_config, "parallel_config", None), "world_size", 1))
+    parallel = getattr(vllm_config, "parallel_config", None)
+    if getattr(parallel, "distributed_executor_backend", None) == "external_launcher":
+        return 1  # each process schedules for itself
+    return int(getattr(parallel, "world_size", 1))

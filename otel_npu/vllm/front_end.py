@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from otel_npu import semconv
-from otel_npu.capture.context import SAMPLED, new_bytes
+from otel_npu.capture.context import SAMPLED, header_text, new_bytes
 from otel_npu.vllm import chosen, tracing
 from otel_npu.wire import frames
 
@@ -105,7 +105,8 @@ def _arrive(processor: Any, request: Any) -> Arrival | None:
         return None
     if getattr(request, "resumable", False) or request.request_id in processor.request_states:
         return None  # a session with inputs in a stream: vLLM says of each of its parts that it is finished
-    headers = dict(request.trace_headers or _callers_headers.get() or {})
+    given = request.trace_headers or _callers_headers.get() or {}
+    headers = {header_text(name): header_text(value) for name, value in given.items()}
     headers.pop(KEY, None)  # of this one alone, not of another sequence of the same call
     maker = _maker(processor) if _vllm_traces(processor) and _gives_ids(processor) else None
     arrival = _choose(request, headers, maker)

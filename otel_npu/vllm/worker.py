@@ -70,9 +70,12 @@ class WorkerSteps:
             self._open(Step(recorder, _DUMMY, (), dict(self.attributes), rank=self.rank))
 
     def warm_up(self, *, on: bool) -> None:
-        """Warm-up begins, and its steps are nothing; or it is over, and the recorder is there before the first step."""
+        """Warm-up begins, and its steps are nothing; or it is over.
+
+        The recorder is made now, so that the relay has started when the first step comes.
+        """
         self._warming_up = on
-        self._recorder()
+        tracing.recorder(self._endpoint)
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
@@ -366,12 +369,16 @@ def _rank(number: int, parallel: Any) -> tuple[Rank, dict[str, int]]:
     """Which rank this is, and its place in each kind of parallelism.
 
     As vLLM lays ranks out: tensor-parallel ranks next to one another, then pipeline stages; the engine waits for the
-    first tensor-parallel rank of the last stage.
+    first tensor-parallel rank of the last stage. Under an external launcher ranks count on from replica to replica.
     """
     across = parallel.tensor_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
+    replica = across * getattr(parallel, "pipeline_parallel_size", parallel.world_size // across)
+    inside = number % replica
+    data_parallel_rank = getattr(parallel, "data_parallel_rank", 0)
     place = {
-        semconv.TP_RANK: number % parallel.tensor_parallel_size,
-        semconv.PP_RANK: number // across,
-        semconv.DP_RANK: getattr(parallel, "data_parallel_rank", 0),
+        semconv.TP_RANK: inside % parallel.tensor_parallel_size,
+        semconv.PP_RANK: inside // across,
+        # The rank is 0 on every replica of a dense model, because they have nothing to do with each other.
+        semconv.DP_RANK: getattr(parallel, "data_parallel_index", data_parallel_rank),
     }
-    return Rank(number, returns_output=number == parallel.world_size - across), place
+    return Rank(number, returns_output=inside == replica - across), place

@@ -124,9 +124,9 @@ class TestLinks:
         assert captured.dropped() == {}
 
     def test_a_later_version_of_the_traceparent_may_say_more(self, captured: Captured) -> None:
-        with otel_npu.step(requests=[f"01-{TRACE}-{SPAN}-01-more", f" {TRACEPARENT} "]):
+        with otel_npu.step(requests=[f"01-{TRACE}-{SPAN}-01-more", f" {TRACEPARENT} ", TRACEPARENT.encode()]):
             pass
-        assert [link.hex() for link in captured.step().links] == [TRACE + SPAN + "01"] * 2
+        assert [link.hex() for link in captured.step().links] == [TRACE + SPAN + "01"] * 3
 
     def test_whatever_else_is_left_out_and_counted(self, captured: Captured) -> None:
         class Hostile:
@@ -139,6 +139,10 @@ class TestLinks:
             TRACEPARENT.upper(),
             f"00-{'0' * 32}-{SPAN}-01",
             f"00-{TRACE}-{'0' * 16}-01",
+            f"ff-{TRACE}-{SPAN}-01",
+            f"00-{TRACE}-{SPAN}-01-more",
+            f"00-{TRACE}-{SPAN}-01-",
+            b"\xff\xfe",
             None,
             7,
             object(),

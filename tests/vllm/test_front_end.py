@@ -188,6 +188,24 @@ def test_llm_request_gets_the_ids_that_were_told_to_the_engine(captured: Capture
     assert (end.key, end.output_tokens, end.reason) == (told.key, 3, "stop")
 
 
+def test_headers_may_be_bytes_as_asgi_gives_them(captured: Captured, provider: Provider) -> None:
+    processor = Processor()
+    headers: Any = {b"traceparent": CALLER.encode()}
+    told = arrive(processor, request(headers=headers))
+    processor.finish("id-0")
+    assert numbers(told)[0] == 0xABC
+    assert provider.ids()[0][2] == 0xDEF
+
+
+@pytest.mark.parametrize("bad", [f"ff{CALLER[2:]}", f"{CALLER}-more"])
+def test_what_is_no_traceparent_by_the_letter_is_no_parent(captured: Captured, provider: Provider, bad: str) -> None:
+    processor = Processor()
+    told = arrive(processor, request(headers={"traceparent": bad}))
+    processor.finish("id-0")
+    assert numbers(told)[0] != 0xABC
+    assert provider.ids()[0][2] is None
+
+
 def test_without_a_parent_llm_request_is_a_root(captured: Captured, provider: Provider) -> None:
     processor = Processor()
     trace_id, key, _ = numbers(arrive(processor, request()))

@@ -224,6 +224,24 @@ def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured)
     ]
 
 
+def test_a_dense_model_has_a_data_parallel_rank_too(captured: Captured) -> None:
+    """Of a dense model vLLM sets `data_parallel_rank` to 0 on every rank; only the index is left."""
+    Worker(data_parallel_rank=0, data_parallel_index=1).execute_model(output(result="output"))
+    assert captured.step().attributes == {semconv.TP_RANK: 0, semconv.PP_RANK: 0, semconv.DP_RANK: 1}
+
+
+def test_under_an_external_launcher_a_rank_is_told_within_its_replica(captured: Captured) -> None:
+    """There vLLM's `world_size` and ranks go over all replicas."""
+    for rank in (2, 3):
+        worker = Worker(rank=rank, tensor_parallel_size=2, pipeline_parallel_size=1, world_size=4, data_parallel_rank=1)
+        worker.execute_model(output(result="output"))
+    steps = captured.steps()
+    assert [(step.rank, step.returns_output) for step in steps] == [(2, True), (3, False)]
+    assert [step.attributes for step in steps] == [
+        {semconv.TP_RANK: tp, semconv.PP_RANK: 0, semconv.DP_RANK: 1} for tp in (0, 1)
+    ]
+
+
 def test_the_graph_mode_of_the_forward_is_told(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     mode = types.SimpleNamespace(cudagraph_runtime_mode=types.SimpleNamespace(name="FULL"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", types.SimpleNamespace(_forward_context=mode))
