@@ -52,11 +52,11 @@ class Subject:
             cwd=folder,
             env={
                 **inherited,
-                "PYTHONPATH": os.pathsep.join((str(folder), str(REPOSITORY))),
-                "XDG_RUNTIME_DIR": self._own,
                 "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
                 "OTEL_TRACES_EXPORTER": "none",
                 **environment,
+                "PYTHONPATH": os.pathsep.join((str(folder), environment.get("PYTHONPATH", str(REPOSITORY)))),
+                "XDG_RUNTIME_DIR": self._own,
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
