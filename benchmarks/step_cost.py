@@ -21,7 +21,6 @@ import array
 import contextlib
 import gc
 import importlib
-import json
 import statistics
 import threading
 from collections import defaultdict
@@ -30,7 +29,8 @@ from time import perf_counter_ns, thread_time_ns
 from typing import TYPE_CHECKING, Any, Final
 
 import otel_npu
-from benchmarks.comparing import Interval, cpu_ns, median, serve, subjects
+from benchmarks.comparing import cpu_ns, median, serve, subjects
+from benchmarks.step_picture import Bar, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -201,37 +201,35 @@ def measure(subjects: list[Subject], rounds: int, show: Callable[[str], None]) -
     return {"samples": samples, "parts": parts}
 
 
-def report(device: str, names: list[str], measured: dict[str, Any]) -> dict[str, Any]:
-    """Print the tables of one device; what the picture is made of."""
+def report(device: str, names: list[str], measured: dict[str, Any]) -> list[Bar]:
+    """Print the tables of one device; gives where the time of its cold steps goes."""
     samples, parts = measured["samples"], measured["parts"]
     print(f"\n{device}: us of processor time a step of {len(STAGES)} stages, median of blocks (95 % interval)")
-    print(_row("", *names, *(["ratio"] if len(names) > 1 else [])))
-    ratios: dict[str, Interval] = {}
+    print(_row("", *names, *["ratio"][: len(names) - 1]))
     for what in samples[names[0]]:
         cells = [str(median(samples[name][what])) for name in names]
         if len(names) > 1 and what in ("hot", "cold"):
             pairs = zip(samples[names[1]][what], samples[names[0]][what], strict=True)
-            ratios[what] = median([now / then for now, then in pairs])
-            cells.append(str(ratios[what]))
+            cells.append(str(median([now / then for now, then in pairs])))
         print(_row(what, *cells))
-    costs: dict[str, dict[str, dict[str, float | None]]] = {}
-    print("by part, us a step; what is timed inside adds some us of its own, and is told apart from what is round it")
-    print(_row("", *(f"{name}, {caches}" for caches in ("hot", "cold") for name in names)))
-    for caches in ("hot", "cold"):
-        for name in names:
-            blocks = parts[name][caches]
-            costs.setdefault(name, {})[caches] = {
-                part: statistics.median(block[part] for block in blocks) if part in blocks[0] else None
-                for part in PARTS
-            }
+    print("by part, each without those inside it; timing them adds some us, which stand where they arise")
+    columns = [(name, caches) for caches in ("hot", "cold") for name in names]
+    print(_row("", *(f"{name}, {caches}" for name, caches in columns)))
     for part in PARTS:
-        values = [costs[name][caches][part] for caches in ("hot", "cold") for name in names]
+        values = [_part(parts[name][caches], part) for name, caches in columns]
         print(_row(part, *("not available" if value is None else f"{value:.1f}" for value in values)))
-    return {
-        "whole": {name: {caches: median(samples[name][caches]).value for caches in ("hot", "cold")} for name in names},
-        "parts": costs,
-        "ratios": ratios,
-    }
+    return [
+        Bar(
+            f"{device}, {name}",
+            median(samples[name]["cold"]).value,
+            {part: _part(parts[name]["cold"], part) or 0.0 for part in PARTS},
+        )
+        for name in names
+    ]
+
+
+def _part(blocks: list[dict[str, float]], part: str) -> float | None:
+    return statistics.median(block[part] for block in blocks) if part in blocks[0] else None
 
 
 def _row(title: str, *cells: str) -> str:
@@ -243,18 +241,18 @@ def main() -> None:
     parser.add_argument("--against", metavar="REVISION", help="a revision of git to compare with, such as 6177d3b")
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each kind (default: 20)")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=DEVICES)
-    parser.add_argument("--json", type=Path, help="write what the picture is made of into this file")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw where the time of a cold step goes")
     parser.add_argument("--serve", choices=DEVICES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
         serve(lambda: Steps(chosen.serve).answer)
-    figures = {}
+    bars: list[Bar] = []
     for device in chosen.devices:
         with subjects("benchmarks.step_cost", ["--serve", device], {"TASK_QUEUE_ENABLE": "1"}, chosen.against) as both:
             measured = measure(both, chosen.rounds, lambda text: print(text, end="", flush=True))
-            figures[device] = report(device, [subject.name for subject in both], measured)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(figures, indent=1))
+            bars += report(device, [subject.name for subject in both], measured)
+    if chosen.picture:
+        draw(bars, chosen.picture)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -277,11 +276,10 @@ def measure(subjects: list[Subject], rounds: int, warm_up: int, show: Callable[[
     return blocks
 
 
-def report(names: list[str], blocks: dict[str, Any], what: str) -> dict[str, Any]:
-    """Print the table; the medians of what is added."""
+def report(names: list[str], blocks: dict[str, Any], what: str) -> None:
+    """Print the table."""
     print(f"us a step, {what}: median without, and median of what is added in pairs of blocks (95 % interval)")
     print(_row("", *(f"{name}: {cell}" for name in names for cell in ("off", "added")), *["ratio"][: len(names) - 1]))
-    result: dict[str, Any] = {}
     for figure, title in FIGURES.items():
         cells, added = [], []
         for name in names:
@@ -289,11 +287,9 @@ def report(names: list[str], blocks: dict[str, Any], what: str) -> dict[str, Any
             on = [block[figure] for block in blocks[name]["on"]]
             added.append([with_it - without for with_it, without in zip(on, off, strict=True)])
             cells += [f"{median(off).value:.0f}", str(median(added[-1]))]
-            result.setdefault(name, {})[figure] = {"off": median(off).value, "added": median(added[-1])}
         if len(names) > 1:
             cells.append(str(ratio_of_medians(added[1], added[0])))
         print(_row(title, *cells))
-    return result
 
 
 def _row(title: str, *cells: str) -> str:
@@ -306,7 +302,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25, help=f"batches of {PAIRS} pairs of blocks (default: 25)")
     parser.add_argument("--steps", type=int, default=32, help="steps a block (default: 32)")
     parser.add_argument("--device-ms", type=float, default=0.0, help="how long a device works on a step (default: 0)")
-    parser.add_argument("--json", type=Path, help="write the medians into this file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
@@ -325,14 +320,8 @@ def main() -> None:
         }
         with subjects("benchmarks.vllm_step_cost", arguments, environment, chosen.against) as both:
             blocks = measure(both, chosen.rounds, 2, show)
-    names = [subject.name for subject in both]
-    figures = report(
-        names,
-        blocks,
-        f"{chosen.rounds * PAIRS} pairs of {chosen.steps} steps, {chosen.device_ms:g} ms a step on the device",
-    )
-    if chosen.json:
-        chosen.json.write_text(json.dumps(figures, indent=1))
+    pairs = f"{chosen.rounds * PAIRS} pairs of {chosen.steps} steps"
+    report([subject.name for subject in both], blocks, f"{pairs}, {chosen.device_ms:g} ms a step on the device")
 
 
 if __name__ == "__main__":
