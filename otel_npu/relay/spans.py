@@ -11,10 +11,11 @@ from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits
 from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from otel_npu import semconv
 from otel_npu._version import __version__
+from otel_npu.relay.links import Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -107,12 +108,7 @@ class SpanMaker:
             context,
             parent,
             self._resource,
-            BoundedAttributes(
-                self._limits.max_span_attributes,
-                attributes,
-                immutable=False,
-                max_value_len=self._limits.max_span_attribute_length,
-            ),
+            self._bounded(attributes, checked=not own_attributes),
             BoundedList.from_seq(self._limits.max_events, events) if events else (),
             links,
             SpanKind.INTERNAL,
@@ -122,6 +118,13 @@ class SpanMaker:
             max(times_ns),
             SCOPE,
         )
+
+    def _bounded(self, attributes: dict[str, Any], *, checked: bool) -> Any:
+        """The attributes, within the limits. What is our own and within them needs no more than its dict."""
+        most, longest = self._limits.max_span_attributes, self._limits.max_span_attribute_length
+        if checked and longest is None and (most is None or len(attributes) <= most):
+            return attributes
+        return BoundedAttributes(most, attributes, immutable=False, max_value_len=longest)
 
     def stages(
         self,
@@ -171,22 +174,9 @@ class SpanMaker:
             )
         return spans
 
-    def links(self, links: Iterable[bytes]) -> BoundedList[Link]:
+    def links(self, links: Iterable[bytes]) -> Links:
         """Links to these spans, each as it is in a frame."""
-        return BoundedList.from_seq(
-            self._limits.max_links,
-            (
-                Link(
-                    SpanContext(
-                        int.from_bytes(link[:16], "big"),
-                        int.from_bytes(link[16:24], "big"),
-                        is_remote=True,
-                        trace_flags=TraceFlags(link[24]),
-                    )
-                )
-                for link in links
-            ),
-        )
+        return Links(self._limits.max_links, links)
 
 
 def _stage_attributes(stage: Stage, place: Place) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from otel_npu.cli.doctor import accelerator, apart, settings, sources
 from otel_npu.cli.doctor.apart import Area
 from otel_npu.cli.doctor.findings import Finding, Status
-from otel_npu.cli.doctor.secrets import masked
+from otel_npu.secrets import masked
 from otel_npu.vllm import hooks
 from otel_npu.vllm.hooks import Hook
 from otel_npu.vllm.plugin import HOOKS

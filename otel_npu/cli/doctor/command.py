@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu.cli.doctor import apart, engine, runtime, screen, settings
 from otel_npu.cli.doctor.findings import Finding, failed, ok
-from otel_npu.cli.doctor.secrets import masked
+from otel_npu.secrets import masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
 
 from otel_npu import settings
 from otel_npu.cli.doctor.findings import Finding, failed, ok, warning
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
+from otel_npu.standard import bad_value
 from otel_npu.wire import rendezvous
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 TRACING: Final = "tracing"
 ENVIRONMENT: Final = "environment"
@@ -111,81 +108,12 @@ def _unknown_names() -> Iterator[Finding]:
 
 def _standard_complaint(name: str, value: str) -> Finding | None:
     """What is wrong with a standard variable that the relay or its exporters read."""
-    for pattern, (takes, good) in _STANDARD.items():
-        if not re.fullmatch(pattern, name):
-            continue
-        if good(value):
-            return None
-        shown = name if _holds_secrets(name) else f"{name}={value!r}"
-        if name in _IGNORED_IF_BAD:
-            return warning(ENVIRONMENT, f"{shown} is ignored", f"takes {takes}")
-        return failed(ENVIRONMENT, shown, f"takes {takes}")
-    return None
+    bad = bad_value(name, value)
+    if bad is None:
+        return None
+    if name in _IGNORED_IF_BAD:
+        return warning(ENVIRONMENT, f"{bad.shown} is ignored", f"takes {bad.takes}")
+    return failed(ENVIRONMENT, bad.shown, f"takes {bad.takes}")
 
 
-def _holds_secrets(name: str) -> bool:
-    return name.endswith(("_HEADERS", "_ENDPOINT"))
-
-
-def _one_of(*words: str) -> tuple[str, Callable[[str], bool]]:
-    return " or ".join(words), lambda value: value.lower() in words
-
-
-def _whole_number(value: str) -> bool:
-    return value.isascii() and value.isdecimal()
-
-
-def _positive(value: str) -> bool:
-    return _whole_number(value) and int(value) > 0
-
-
-def _seconds(value: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) is not None and float(value) > 0
-
-
-def _ratio(value: str) -> bool:
-    return re.fullmatch(r"\d*\.?\d+|\d+\.", value) is not None and 0 <= float(value) <= 1
-
-
-def _pairs(value: str) -> bool:
-    return all(re.fullmatch(r"[^=\s]+\s*=.*", entry.strip()) for entry in value.split(",") if entry.strip())
-
-
-def _endpoint(value: str) -> bool:
-    try:
-        parts = urlsplit(value if "://" in value else f"grpc://{value}")
-        return parts.scheme in ("http", "https", "grpc", "grpcs", "unix", "dns") and bool(parts.netloc or parts.path)
-    except ValueError:
-        return False
-
-
-def _exporters(value: str) -> bool:
-    installed = {point.name for point in entry_points(group="opentelemetry_traces_exporter")}
-    return all(name.strip() in {*installed, "otlp", "none"} for name in value.split(",") if name.strip())
-
-
-_SAMPLERS: Final = tuple(
-    f"{parent}{name}" for parent in ("", "parentbased_") for name in ("always_on", "always_off", "traceidratio")
-)
-_OTLP: Final = "OTEL_EXPORTER_OTLP_(TRACES_)?"
-# The rows name what is read by the relay and by the exporters that it makes; others are not our business.
-_STANDARD: Final[dict[str, tuple[str, Callable[[str], bool]]]] = {
-    "OTEL_SDK_DISABLED": _one_of("true", "false"),
-    "OTEL_TRACES_SAMPLER": _one_of(*_SAMPLERS),
-    "OTEL_TRACES_SAMPLER_ARG": ("a number from 0 to 1", _ratio),
-    "OTEL_TRACES_EXPORTER": ("otlp, none, or the name of an exporter that is installed", _exporters),
-    "OTEL_RESOURCE_ATTRIBUTES": ("key=value pairs, separated by commas", _pairs),
-    f"{_OTLP}ENDPOINT": ("a URL such as http://collector:4317", _endpoint),
-    f"{_OTLP}PROTOCOL": ("grpc or http/protobuf", lambda value: value in ("grpc", "http/protobuf")),
-    f"{_OTLP}HEADERS": ("name=value pairs, separated by commas, values percent-encoded", _pairs),
-    f"{_OTLP}INSECURE": _one_of("true", "false"),
-    f"{_OTLP}COMPRESSION": _one_of("gzip", "deflate", "none"),
-    f"{_OTLP}TIMEOUT": ("a number of seconds above 0", _seconds),
-    f"{_OTLP}(CERTIFICATE|CLIENT_KEY|CLIENT_CERTIFICATE)": (
-        "the path of a file that can be read",
-        lambda value: Path(value).is_file() and os.access(value, os.R_OK),
-    ),
-    "OTEL_BSP_(SCHEDULE_DELAY|MAX_QUEUE_SIZE|MAX_EXPORT_BATCH_SIZE)": ("a whole number above 0", _positive),
-    "OTEL_(SPAN|LINK|EVENT)?_?(ATTRIBUTE|LINK|EVENT)_(COUNT|VALUE_LENGTH)_LIMIT": ("a whole number", _whole_number),
-}
 _IGNORED_IF_BAD: Final = frozenset({"OTEL_SDK_DISABLED", "OTEL_RESOURCE_ATTRIBUTES"})

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MASK: Final = "***"
-_CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_CREDENTIALS: Final = re.compile(r"(?<=://)[^/\s'\"]+@")
 _SHORTEST: Final = 4  # what is shorter is no secret, and its mask would hit numbers and words
 
 
