@@ -19,20 +19,40 @@ class Term(NamedTuple):
     meaning: str
 
 
+def seconds(nanoseconds: float) -> float:
+    """A time as an attribute has it: to the nanosecond, without the digits that a sum of fractions would add."""
+    return round(nanoseconds) / 1e9
+
+
 # Spans. A stage span has the stage's own name.
 ENGINE_STEP: Final = "engine_step"
 WORKER_STEP: Final = "worker_step"
 QUEUE: Final = "queue"
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
-SLOWEST_STEP: Final = "slowest_step"
+PREFILL_STEP: Final = "prefill_step"
+DECODE_STEP: Final = "decode_step"
+OTHER_STEPS: Final = "other_steps"
 UNFINISHED_STAGE: Final = "unfinished_stage"
+HOST_TIMED: Final = " (host)"
+"""What the name of a stage ends with that the host timed in the place of the device."""
 DOCTOR_TEST: Final = "doctor_test"
 
 SPANS: Final = (
     Term(ENGINE_STEP, "", "One step of an engine, host-timed: from its scheduling to the taking in of its output."),
-    Term(WORKER_STEP, "", "One step of one rank: from its first stage on the device to its last."),
+    Term(
+        WORKER_STEP,
+        "",
+        "One step of one rank: from its first stage on the device to its last. Where an engine has several ranks, "
+        "its number is in the name, `worker_step rank 1`: neither Jaeger nor Grafana shows anything else beside it.",
+    ),
     Term("<stage name>", "", "One stage: the time on the stream between its two events, waits included."),
+    Term(
+        "<stage name>" + HOST_TIMED,
+        "",
+        "A stage that the host's clock timed although the process has a device: it does no work there, or its events "
+        "were not to be had.",
+    ),
     Term(
         UNFINISHED_STAGE,
         "",
@@ -41,7 +61,23 @@ SPANS: Final = (
     Term(QUEUE, "", "A request's wait: from its arrival to the first scheduling of it. Host-timed."),
     Term(PREFILL, "", "The steps that computed a request's prompt, from the first's start to the last's end."),
     Term(DECODE, "", "A request's further steps, from the first's start to the last's end."),
-    Term(SLOWEST_STEP, "", "The longest of a request's decode steps."),
+    Term(
+        PREFILL_STEP,
+        "",
+        "One step of a prefill of several: of up to 64 the slowest, with `OTEL_NPU_REQUEST_SPANS=detail` of up to 256.",
+    ),
+    Term(
+        DECODE_STEP,
+        "",
+        "One of a decode's slowest steps: up to 3 have spans, with `OTEL_NPU_REQUEST_SPANS=detail` up to 256, "
+        "which are all of most requests.",
+    ),
+    Term(
+        OTHER_STEPS,
+        "",
+        "The steps of a phase between two that have spans: `npu.request.steps` says how many, and their stages are "
+        "in the sums of the phase.",
+    ),
     Term(DOCTOR_TEST, "", "What `otel-npu doctor` sends to see whether spans are taken."),
 )
 
@@ -71,6 +107,7 @@ TIMING: Final = "npu.timing"
 DEVICE_INDEX: Final = "npu.device.index"
 STREAM_ID: Final = "npu.stream.id"
 HOST_DURATION: Final = "npu.host.duration"
+DEVICE_DURATION: Final = "npu.device.duration"
 ENQUEUE_DELAY: Final = "npu.enqueue.delay"
 CLOCK_UNCERTAINTY: Final = "npu.clock.uncertainty"
 UNFINISHED_FOR: Final = "npu.unfinished.duration"
@@ -78,6 +115,7 @@ ERROR_TYPE: Final = "error.type"
 
 # Attributes of the `llm_request` that is made for an aborted request: vLLM's own names.
 REQUEST_ID: Final = "gen_ai.request.id"
+RESPONSE_ID: Final = "gen_ai.response.id"
 FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
 PROMPT_TOKENS: Final = "gen_ai.usage.prompt_tokens"
 COMPLETION_TOKENS: Final = "gen_ai.usage.completion_tokens"
@@ -104,7 +142,9 @@ REQUEST_WAIT: Final = "npu.request.wait"
 REQUEST_SURPLUS_STEPS: Final = "npu.request.surplus_steps"
 REQUEST_SURPLUS_DEVICE_TIME: Final = "npu.request.surplus_device_time"
 REQUEST_UNTIMED_STEPS: Final = "npu.request.untimed_steps"
-REQUEST_UNLISTED_STEPS: Final = "npu.request.unlisted_steps"
+REQUEST_OTHER_STEPS: Final = "npu.request.other_steps"
+REQUEST_STEP_TOKENS: Final = "npu.request.step_tokens"
+OMITTED_HOST_TIME: Final = "npu.omitted_host_time"
 REQUEST_FINISH_REASON: Final = "npu.request.finish_reason"
 
 # Attributes of the resource: one for each traced process.
@@ -139,15 +179,22 @@ ATTRIBUTES: Final = (
     Term(GRAPH_MODE, "", "How the step's forward ran: none (eager), piecewise or full; where it is known."),
     Term(STAGE_NAME, "", "The stage that is unfinished."),
     Term(RAW_NAME, "", "What the engine itself calls the stage, where that is another name."),
-    Term(TIMING, "", "device: measured by events on the device; host: by the host's clock."),
+    Term(
+        TIMING,
+        "",
+        "device: measured by events on the device; host: by the host's clock. On every span of ours; of several "
+        "stages it is device if the device timed any outermost one of each step.",
+    ),
     Term(DEVICE_INDEX, "", "The device's index in its process."),
     Term(STREAM_ID, "", "The stream of the stage, as the framework numbers it; 0 is the default stream."),
+    Term(DEVICE_DURATION, "s", "From the stage's first event to its second by the device's clock: the span's length."),
     Term(HOST_DURATION, "s", "From entry to exit of the stage on the host: how long launching took."),
     Term(ENQUEUE_DELAY, "s", "From the host's enqueueing of the stage to its start on the device."),
     Term(CLOCK_UNCERTAINTY, "s", "The span's place on the wall clock is known to plus or minus this."),
     Term(UNFINISHED_FOR, "s", "For how long the stage had been unfinished."),
     Term(ERROR_TYPE, "", "Type of the exception that left the stage or step."),
     Term(REQUEST_ID, "", "The request, as vLLM's own span of it names it."),
+    Term(RESPONSE_ID, "", "The request, by the id that its client got: of `/v1/completions` it is a shorter one."),
     Term(FINISH_REASONS, "", "Why the request ended; `abort` when its client went away."),
     Term(PROMPT_TOKENS, "{token}", "Length of the prompt."),
     Term(COMPLETION_TOKENS, "{token}", "How many tokens were generated."),
@@ -174,10 +221,13 @@ ATTRIBUTES: Final = (
     ),
     Term(REQUEST_SURPLUS_DEVICE_TIME, "s", "How long the surplus steps took on the device."),
     Term(REQUEST_UNTIMED_STEPS, "{step}", "Steps of the request whose times did not come; in no phase. On the last."),
+    Term(REQUEST_OTHER_STEPS, "{step}", "How many of the phase's steps have no spans of their own, if any."),
+    Term(REQUEST_STEP_TOKENS, "{token}", "How many of the step's tokens were the request's."),
     Term(
-        REQUEST_UNLISTED_STEPS,
-        "{step}",
-        "Steps of the prefill that are counted in it but whose stages are not below it, because there were too many.",
+        OMITTED_HOST_TIME,
+        "s",
+        "The sum of the step's stages that have no span in the request's trace: the host alone timed them, "
+        "and each took less than 5 % of the step. Step traces have them all.",
     ),
     Term(REQUEST_FINISH_REASON, "", "Why the request ended, as the front end says: stop, length, abort and so on."),
     Term(SERVICE_NAME, "", "As the traced process's own OpenTelemetry SDK would compute it."),

@@ -24,7 +24,7 @@ LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
 SESSION: Final = "OTEL_NPU_SESSION"
 
 _EXPORTS: Final = ("relay", "inprocess")
-_REQUEST_SPANS: Final = ("summary", "off")
+_REQUEST_SPANS: Final = ("summary", "detail", "off")
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
@@ -41,7 +41,8 @@ class Settings:
         enabled: Whether anything is captured.
         device: `auto`, `npu`, `cpu`, `simulated` or a torch device type such as `cuda`.
         export: `relay` (a process of its own) or `inprocess` (a thread of this one).
-        request_spans: `summary` (each sampled request's queue, prefill and decode) or `off`.
+        request_spans: `summary` (each sampled request's queue, prefill and decode, with its slowest steps),
+            `detail` (with all steps, up to 256 of each phase) or `off`.
         steps_per_second: Step traces kept each second, of each kind of step; `math.inf` keeps every one.
         hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
         log_stages: Whether each resolved step is logged as one line.

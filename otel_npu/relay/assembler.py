@@ -33,6 +33,7 @@ class Assembler:
 
     def __init__(self, hello: Hello, wall: WallClock, limits: SpanLimits) -> None:
         self.spans = SpanMaker(resource_of(hello), limits)
+        self._has_device = hello.device_kind not in ("", "cpu")
         self._wall = wall
         self.timeline = Timeline(hello.device_resolution_ns)
         self._inside: dict[bytes, tuple[int, int]] = {}
@@ -67,7 +68,7 @@ class Assembler:
         if not (step.trace_id or joined):
             return []
         placed = self.timeline.place(step)
-        ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns())
+        ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device)
         if join is not None and joined:
             join(ran)
         return self._spans(ran) if step.trace_id else []
@@ -80,11 +81,11 @@ class Assembler:
         links = self.spans.links(step.links)
         if step.bare:
             # The first stage has the step's id: what a step inside it has as its parent.
-            return self.spans.stages(step, ran.placed, trace_id, around, unix_ns, first=own, links=links)
-        spans = self.spans.stages(step, ran.placed, trace_id, own, unix_ns)
+            return self.spans.stages(ran, trace_id, around, unix_ns, first=own, links=links)
+        spans = self.spans.stages(ran, trace_id, own, unix_ns)
         spans.append(
             self.spans.span(
-                semconv.WORKER_STEP,
+                _step_name(step),
                 own,
                 around,
                 _step_attributes(step, self.take_drops()),
@@ -113,7 +114,7 @@ class Assembler:
         """The span of a stage that hangs: it ends now, and says that it is not over."""
         trace_id = int.from_bytes(frame.trace_id, "big")
         unix_ns = self._wall.offset_ns()
-        seconds = (frame.now_ns - frame.entered_ns) * 1e-9
+        seconds = semconv.seconds(frame.now_ns - frame.entered_ns)
         attributes: dict[str, Any] = {
             semconv.STAGE_NAME: frame.name,
             semconv.STEP_NUMBER: frame.step_number,
@@ -133,10 +134,19 @@ class Assembler:
         )
 
 
+def _step_name(step: Step) -> str:
+    """The name of a step's span: with the rank where there are several, which else would be told apart by nothing."""
+    several = step.attributes is not None and step.attributes.get(semconv.STEP_RANKS, 1) != 1
+    return f"{semconv.WORKER_STEP} rank {step.rank}" if several else semconv.WORKER_STEP
+
+
 def _step_attributes(step: Step, dropped: dict[str, int]) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         semconv.STEP_NUMBER: step.number,
         semconv.STEP_STAGES: len(step.stages),
+        semconv.TIMING: (
+            semconv.TIMING_DEVICE if any(stage.device_ns is not None for stage in step.stages) else semconv.TIMING_HOST
+        ),
     }
     if step.kind:
         attributes[semconv.STEP_KIND] = step.kind

@@ -30,22 +30,39 @@ class Engine:
 class StepTimes:
     """When and how long a step ran for the requests that it served: made once for all of them, of one rank's times."""
 
-    __slots__ = ("by_stage", "device_ns", "end_ns", "kind", "number", "ran", "start_ns", "total_tokens")
+    __slots__ = (
+        "by_stage",
+        "device_ns",
+        "end_ns",
+        "kind",
+        "number",
+        "on_device",
+        "ran",
+        "start_ns",
+        "total_requests",
+        "total_tokens",
+    )
 
     def __init__(self, scheduled: Scheduled, ran: Ran) -> None:
         self.number = scheduled.number
         self.kind = scheduled.kind
         self.total_tokens = scheduled.total_tokens
+        self.total_requests = scheduled.total_requests
         self.ran = ran
         self.start_ns = ran.start_ns
         self.end_ns = ran.end_ns
-        self.by_stage = _device_times(ran.step.stages)
+        self.on_device, self.by_stage = _device_times(ran.step.stages)
         self.device_ns = sum(self.by_stage.values())
 
     @property
     def attributes(self) -> dict[str, Any]:
         """Which step it was, and of which rank the times are."""
         return {semconv.STEP_NUMBER: self.number, semconv.RANK: self.ran.step.rank}
+
+    @property
+    def timing(self) -> str:
+        """By whose clock."""
+        return semconv.TIMING_DEVICE if self.on_device else semconv.TIMING_HOST
 
 
 class EngineStep:
@@ -117,6 +134,7 @@ class EngineStep:
             semconv.STEP_REQUESTS: scheduled.total_requests,
             semconv.STEP_TOKENS: scheduled.total_tokens,
             semconv.STEP_RANKS: scheduled.ranks,
+            semconv.TIMING: semconv.TIMING_HOST,
         }
         for reason, count in assembler.take_drops().items():
             attributes[semconv.DROPPED_PREFIX + reason] = count
@@ -134,8 +152,8 @@ class EngineStep:
         self.parts, self.links, self.ranks = [], {}, {}
 
 
-def _device_times(stages: list[Stage]) -> dict[str, int]:
-    """Nanoseconds by name of the outermost stages that the device timed; if it timed none, of the host's."""
+def _device_times(stages: list[Stage]) -> tuple[bool, dict[str, int]]:
+    """Whether the device timed any, and nanoseconds by name of the outermost that it timed, or else of the host's."""
     device: dict[str, int] = {}
     host: dict[str, int] = {}
     covered: list[bool] = []
@@ -148,4 +166,4 @@ def _device_times(stages: list[Stage]) -> dict[str, int]:
             device[stage.name] = device.get(stage.name, 0) + stage.duration_ns
         elif stage.parent < 0:
             host[stage.name] = host.get(stage.name, 0) + stage.duration_ns
-    return device or host
+    return bool(device), device or host

@@ -28,6 +28,8 @@ class Ran(NamedTuple):
     end_ns: int
     unix_ns: int
     """Unix time minus monotonic time, as the step's own spans have it."""
+    has_device: bool
+    """Whether its process has a device beside the host: then a stage that the host timed is an exception."""
 
 
 _Group: TypeAlias = tuple[int, int, int, int]

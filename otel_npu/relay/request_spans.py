@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import Event
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
     from otel_npu.relay.engine import StepTimes
     from otel_npu.relay.requests import OpenRequest, Phase
+    from otel_npu.wire.frames import Stage
+
+OMITTED_SHARE: Final = 0.05
+"""A stage that the host alone timed, and that is less of its step, has no span in a request's trace."""
 
 _STAGE_BEFORE, _STAGE_AFTER = semconv.REQUEST_STAGE_DEVICE_TIME.split("<name>")
+_STEP_NAMES: Final = {semconv.PREFILL: semconv.PREFILL_STEP, semconv.DECODE: semconv.DECODE_STEP}
 
 
 def request_spans(request: OpenRequest, unix_ns: int) -> list[ReadableSpan]:
     """`queue`, and `prefill` and `decode` where they ran, with the steps and stages below them.
+
+    What is inside a span comes before it: when the last has arrived somewhere, everything has.
 
     Args:
         request: The request; it is closed by this.
@@ -37,7 +44,6 @@ class _RequestSpans:
         self._unix_ns = unix_ns
         self._maker = request.engine.client.assembler.spans
         self._trace_id = int.from_bytes(request.frame.trace_id, "big")
-        self._parent = span_context(self._trace_id, request.frame.parent_span_id)
         self.spans: list[ReadableSpan] = []
         ran = [
             (name, phase)
@@ -45,44 +51,95 @@ class _RequestSpans:
             if phase.steps
         ]
         events = self._events([semconv.QUEUE, *(name for name, _ in ran)])
-        self._span(semconv.QUEUE, self._queue_times(), {} if ran else _ending(request), events[semconv.QUEUE])
+        queue = {semconv.TIMING: semconv.TIMING_HOST, **({} if ran else _ending(request))}
+        self._top(semconv.QUEUE, self._new_context(), self._queue_times(), queue, events[semconv.QUEUE])
         for name, phase in ran:
             attributes = _phase_attributes(phase)
             if phase is ran[-1][1]:
                 attributes.update(_ending(request))
-                attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = (
+                attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(
                     phase.attributed_ns + request.surplus.attributed_ns
-                ) * 1e-9
-            context = self._span(name, self._unix(phase.start_ns, phase.end_ns), attributes, events[name])
-            if name == semconv.PREFILL:
-                for times in phase.listed:
-                    self._stages(times, context)
-            elif phase.slowest is not None:
-                self._slowest(phase.slowest, context)
+                )
+            context = self._new_context()
+            attributes.update(self._inside(name, phase, context))
+            self._top(name, context, self._unix(phase.start_ns, phase.end_ns), attributes, events[name])
 
-    def _span(
-        self, name: str, times_ns: tuple[int, int], attributes: dict[str, Any], events: list[Event]
-    ) -> SpanContext | None:
-        context = span_context(self._trace_id, os.urandom(8))
-        attributes[semconv.REQUEST_ID] = self._request.frame.request_id
-        self.spans.append(self._maker.span(name, context, self._parent, attributes, times_ns, events=events))
-        return context
+    def _top(
+        self,
+        name: str,
+        context: SpanContext | None,
+        times_ns: tuple[int, int],
+        attributes: dict[str, Any],
+        events: list[Event],
+    ) -> None:
+        """A span right below the request."""
+        frame = self._request.frame
+        attributes[semconv.REQUEST_ID] = frame.request_id
+        if frame.response_id:
+            attributes[semconv.RESPONSE_ID] = frame.response_id
+        parent = span_context(self._trace_id, frame.parent_span_id)
+        self.spans.append(self._maker.span(name, context, parent, attributes, times_ns, events=events))
 
-    def _slowest(self, times: StepTimes, parent: SpanContext | None) -> None:
-        context = span_context(self._trace_id, os.urandom(8))
-        attributes = times.attributes
-        if times.kind:
-            attributes[semconv.STEP_KIND] = times.kind
-        self.spans.append(
-            self._maker.span(
-                semconv.SLOWEST_STEP, context, parent, attributes, self._unix(times.start_ns, times.end_ns)
+    def _inside(self, name: str, phase: Phase, context: SpanContext | None) -> dict[str, Any]:
+        """What is in a phase: its only step's stages, or spans of its steps; what the phase has to say of them."""
+        shown = phase.shown
+        if phase.steps == 1:
+            return self._stages(shown[0].times, context)
+        done, device_ns, end_ns = 0, 0, phase.start_ns
+        for step in shown:
+            times = step.times
+            self._others(
+                phase, step.number - 1 - done, step.device_before_ns - device_ns, (end_ns, times.start_ns), context
             )
-        )
-        self._stages(times, context)
+            done, device_ns, end_ns = step.number, step.device_before_ns + times.device_ns, times.end_ns
+            own = self._new_context()
+            attributes = {
+                **times.attributes,
+                semconv.STEP_TOKENS: times.total_tokens,
+                semconv.STEP_REQUESTS: times.total_requests,
+                semconv.REQUEST_STEP_TOKENS: step.tokens,
+                semconv.TIMING: times.timing,
+                **self._stages(times, own),
+            }
+            if times.kind:
+                attributes[semconv.STEP_KIND] = times.kind
+            span_times_ns = self._unix(times.start_ns, times.end_ns)
+            self.spans.append(self._maker.span(_STEP_NAMES[name], own, context, attributes, span_times_ns))
+        self._others(phase, phase.steps - done, phase.device_ns - device_ns, (end_ns, phase.end_ns), context)
+        others = phase.steps - len(shown)
+        return {semconv.REQUEST_OTHER_STEPS: others} if others else {}
 
-    def _stages(self, times: StepTimes, parent: SpanContext | None) -> None:
-        step, placed = times.ran.step, times.ran.placed
-        self.spans += self._maker.stages(step, placed, self._trace_id, parent, self._unix_ns, more=times.attributes)
+    def _others(
+        self, phase: Phase, steps: int, device_ns: int, times_ns: tuple[int, int], parent: SpanContext | None
+    ) -> None:
+        """One span in the place of steps that have none: the phase has no hole that looks as if data were missing."""
+        if not steps:
+            return
+        attributes = {
+            semconv.REQUEST_STEPS: steps,
+            semconv.REQUEST_DEVICE_TIME: semconv.seconds(device_ns),
+            semconv.TIMING: phase.timing,
+        }
+        context = self._new_context()
+        self.spans.append(self._maker.span(semconv.OTHER_STEPS, context, parent, attributes, self._unix(*times_ns)))
+
+    def _stages(self, times: StepTimes, parent: SpanContext | None) -> dict[str, Any]:
+        """The stages of a step but those that are noise; what the span around says of these."""
+        stages = times.ran.step.stages
+        least_ns = (times.end_ns - times.start_ns) * OMITTED_SHARE
+        kept = _kept(stages, least_ns)
+        self.spans += self._maker.stages(
+            times.ran, self._trace_id, parent, self._unix_ns, more=times.attributes, kept=kept
+        )
+        omitted_ns = sum(
+            stage.duration_ns
+            for stage, keep in zip(stages, kept, strict=True)
+            if not keep and (stage.parent < 0 or kept[stage.parent])
+        )
+        return {semconv.OMITTED_HOST_TIME: semconv.seconds(omitted_ns)} if omitted_ns else {}
+
+    def _new_context(self) -> SpanContext | None:
+        return span_context(self._trace_id, os.urandom(8))
 
     def _unix(self, start_ns: int, end_ns: int) -> tuple[int, int]:
         return start_ns + self._unix_ns, end_ns + self._unix_ns
@@ -107,17 +164,26 @@ class _RequestSpans:
         return events
 
 
+def _kept(stages: list[Stage], least_ns: float) -> list[bool]:
+    """Of each stage, whether it has a span: the device timed it, it is long or failed, or it is round one that has."""
+    kept = [stage.device_ns is not None or stage.duration_ns >= least_ns or stage.error is not None for stage in stages]
+    for index in reversed(range(len(stages))):  # what is inside a stage comes after it
+        if kept[index] and stages[index].parent >= 0:
+            kept[stages[index].parent] = True
+    return kept
+
+
 def _phase_attributes(phase: Phase) -> dict[str, Any]:
     attributes: dict[str, Any] = {
-        f"{_STAGE_BEFORE}{name}{_STAGE_AFTER}": duration_ns * 1e-9 for name, duration_ns in phase.by_stage.items()
+        f"{_STAGE_BEFORE}{name}{_STAGE_AFTER}": semconv.seconds(duration_ns)
+        for name, duration_ns in phase.by_stage.items()
     }
     attributes[semconv.RANK] = phase.rank
+    attributes[semconv.TIMING] = phase.timing
     attributes[semconv.REQUEST_STEPS] = phase.steps
-    attributes[semconv.REQUEST_DEVICE_TIME] = phase.device_ns * 1e-9
-    attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = phase.attributed_ns * 1e-9
-    attributes[semconv.REQUEST_WAIT] = phase.wait_ns * 1e-9
-    if phase.listed and phase.steps > len(phase.listed):
-        attributes[semconv.REQUEST_UNLISTED_STEPS] = phase.steps - len(phase.listed)
+    attributes[semconv.REQUEST_DEVICE_TIME] = semconv.seconds(phase.device_ns)
+    attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(phase.attributed_ns)
+    attributes[semconv.REQUEST_WAIT] = semconv.seconds(phase.wait_ns)
     return attributes
 
 
@@ -131,6 +197,6 @@ def _ending(request: OpenRequest) -> dict[str, Any]:
     surplus = request.surplus
     if surplus.steps:
         attributes[semconv.REQUEST_SURPLUS_STEPS] = surplus.steps
-        attributes[semconv.REQUEST_SURPLUS_DEVICE_TIME] = surplus.device_ns * 1e-9
-        attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = surplus.attributed_ns * 1e-9
+        attributes[semconv.REQUEST_SURPLUS_DEVICE_TIME] = semconv.seconds(surplus.device_ns)
+        attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(surplus.attributed_ns)
     return attributes

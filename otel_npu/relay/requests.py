@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_npu import semconv
 
@@ -15,44 +16,67 @@ if TYPE_CHECKING:
 ABORT: Final = "abort"
 RECENT_STEPS: Final = 64
 """So many of a request's steps stay apart until it ends: which of them were surplus is only known then."""
-LISTED_STEPS: Final = 64
-"""Of so many prefill steps the stages become spans."""
+SHOWN_PREFILL_STEPS: Final = 64
+SHOWN_DECODE_STEPS: Final = 3
+"""So many steps of a phase are spans, the slowest ones."""
+DETAIL_STEPS: Final = 256
+"""The same of each phase where detail was asked for: of most requests that is every step."""
 _MAX_PREEMPTIONS: Final = 128
+
+
+class ShownStep(NamedTuple):
+    """A step of a phase that is to be a span.
+
+    Attributes:
+        duration_ns: How long it took.
+        number: Which of the phase's steps it is, from 1.
+        times: When it ran.
+        tokens: How many of its tokens were the request's.
+        device_before_ns: How long the phase's steps before it took on the device.
+    """
+
+    duration_ns: int
+    number: int
+    times: StepTimes
+    tokens: int
+    device_before_ns: int
 
 
 class Phase:
     """Some of a request's steps as one. Times in nanoseconds.
 
     Args:
-        listed: Of how many steps the stages are kept.
+        most_shown: How many steps are kept to be shown: the slowest.
     """
 
     __slots__ = (
-        "_listed",
+        "_most_shown",
+        "_slowest",
         "attributed_ns",
         "by_stage",
         "device_ns",
         "end_ns",
-        "listed",
+        "on_device",
         "rank",
-        "slowest",
         "start_ns",
         "steps",
         "wait_ns",
     )
 
-    def __init__(self, listed: int = 0) -> None:
-        self._listed = listed
-        self.listed: list[StepTimes] = []
-        self.slowest: StepTimes | None = None
+    def __init__(self, most_shown: int = 0) -> None:
+        self._most_shown = most_shown
+        self._slowest: list[ShownStep] = []
+        """A heap: the quickest of them is the first."""
         self.steps = self.start_ns = self.end_ns = self.device_ns = self.wait_ns = 0
         self.attributed_ns = 0.0
         self.by_stage: dict[str, int] = {}
+        self.on_device = True
+        """Whether the device timed all of its steps."""
         self.rank = -1
 
     def add(self, times: StepTimes, tokens: int) -> None:
         """One more step, in which so many tokens were the request's."""
-        start_ns, end_ns, slowest = times.start_ns, times.end_ns, self.slowest
+        start_ns, end_ns = times.start_ns, times.end_ns
         if not self.steps:
             self.start_ns = start_ns
         elif start_ns > self.end_ns:
@@ -60,15 +84,29 @@ class Phase:
         self.end_ns = max(self.end_ns, end_ns)
         self.steps += 1
         self.rank = times.ran.step.rank
+        self.on_device = self.on_device and times.on_device
+        if len(self._slowest) < self._most_shown:
+            heapq.heappush(self._slowest, self._shown(times, tokens))
+        elif self._slowest and end_ns - start_ns > self._slowest[0].duration_ns:
+            heapq.heapreplace(self._slowest, self._shown(times, tokens))
         self.device_ns += times.device_ns
         self.attributed_ns += times.device_ns * tokens / times.total_tokens
         by_stage = self.by_stage
         for name, duration_ns in times.by_stage.items():
             by_stage[name] = by_stage.get(name, 0) + duration_ns
-        if slowest is None or end_ns - start_ns > slowest.end_ns - slowest.start_ns:
-            self.slowest = times
-        if len(self.listed) < self._listed:
-            self.listed.append(times)
+
+    @property
+    def timing(self) -> str:
+        """By whose clock."""
+        return semconv.TIMING_DEVICE if self.on_device else semconv.TIMING_HOST
+
+    @property
+    def shown(self) -> list[ShownStep]:
+        """The steps to show, in the order in which they ran."""
+        return sorted(self._slowest, key=lambda step: step.number)
+
+    def _shown(self, times: StepTimes, tokens: int) -> ShownStep:
+        return ShownStep(times.end_ns - times.start_ns, self.steps, times, tokens, self.device_ns)
 
 
 class Part:
@@ -141,7 +179,9 @@ class OpenRequest:
         self.engine_end_ns: int | None = None
         self.first_opened_ns: int | None = None
         self.preemptions: list[tuple[int, str]] = []
-        self.prefill, self.decode, self.surplus = Phase(LISTED_STEPS), Phase(), Phase()
+        self.prefill = Phase(DETAIL_STEPS if frame.detail else SHOWN_PREFILL_STEPS)
+        self.decode = Phase(DETAIL_STEPS if frame.detail else SHOWN_DECODE_STEPS)
+        self.surplus = Phase()
         self.untimed = 0
         self.forgotten = False
         self._parts: deque[Part] = deque()

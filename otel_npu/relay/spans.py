@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.resources import Resource
 
-    from otel_npu.relay.placing import Place
-    from otel_npu.wire.frames import Attributes, Stage, Step
+    from otel_npu.relay.placing import Place, Ran
+    from otel_npu.wire.frames import Attributes, Stage
 
 _log = logging.getLogger("otel_npu.relay")
 
@@ -128,8 +128,7 @@ class SpanMaker:
 
     def stages(
         self,
-        step: Step,
-        placed: list[Place],
+        ran: Ran,
         trace_id: int,
         parent: SpanContext | None,
         unix_ns: int,
@@ -137,32 +136,35 @@ class SpanMaker:
         first: SpanContext | None = None,
         links: Any = (),
         more: dict[str, Any] | None = None,
+        kept: Sequence[bool] | None = None,
     ) -> list[ReadableSpan]:
         """A span for each stage of a step, nested as the stages were.
 
         Args:
-            step: The step.
-            placed: Where its stages lie.
+            ran: The step, and where its stages lie.
             trace_id: The trace of the spans.
             parent: The span around the outermost, if there is one.
             unix_ns: Unix time minus the host's monotonic time.
             first: The ids of the first stage's span, if they are given.
             links: Links of the outermost.
             more: What the span of each stage says beside what was measured.
+            kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
         """
-        stages = step.stages
+        stages, on_host = ran.step.stages, semconv.HOST_TIMED if ran.has_device else ""
         random = os.urandom(8 * len(stages))
         contexts = [span_context(trace_id, random[8 * index : 8 * index + 8]) for index in range(len(stages))]
         if first is not None and contexts:
             contexts[0] = first
         spans = []
-        for index, (stage, place) in enumerate(zip(stages, placed, strict=True)):
+        for index, (stage, place) in enumerate(zip(stages, ran.placed, strict=True)):
+            if kept is not None and not kept[index]:
+                continue
             attributes = _stage_attributes(stage, place)
             if more:
                 attributes.update(more)
             spans.append(
                 self.span(
-                    stage.name,
+                    stage.name if stage.device_ns is not None else stage.name + on_host,
                     contexts[index],
                     contexts[stage.parent] if stage.parent >= 0 else parent,
                     attributes,
@@ -183,12 +185,14 @@ def _stage_attributes(stage: Stage, place: Place) -> dict[str, Any]:
     on_device = stage.device_ns is not None
     attributes: dict[str, Any] = {
         semconv.TIMING: semconv.TIMING_DEVICE if on_device else semconv.TIMING_HOST,
-        semconv.HOST_DURATION: (stage.exited_ns - stage.entered_ns) * 1e-9,
+        semconv.HOST_DURATION: semconv.seconds(stage.exited_ns - stage.entered_ns),
     }
     if on_device:
+        attributes[semconv.DEVICE_DURATION] = semconv.seconds(stage.duration_ns)
         attributes[semconv.DEVICE_INDEX] = stage.device_index
         attributes[semconv.STREAM_ID] = stage.stream_id
-        attributes[semconv.ENQUEUE_DELAY] = max(0, place.start_ns - stage.entered_ns) * 1e-9
+        delay_ns = max(0, place.start_ns - stage.entered_ns)
+        attributes[semconv.ENQUEUE_DELAY] = semconv.seconds(delay_ns)
         if place.uncertainty_ns is not None:
-            attributes[semconv.CLOCK_UNCERTAINTY] = place.uncertainty_ns * 1e-9
+            attributes[semconv.CLOCK_UNCERTAINTY] = semconv.seconds(place.uncertainty_ns)
     return attributes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
+from otel_npu import semconv
 from otel_npu.vllm import tracing
 
 if TYPE_CHECKING:
@@ -69,4 +71,9 @@ def _sampling(should_sample: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     arrival = _arrival.get()
     if arrival is None or arrival.sampling is None:
         return should_sample(*args, **kwargs)
-    return arrival.sampling
+    if arrival.announced is None:
+        return arrival.sampling
+    # What a sampler gives with its verdict, the span has from its start.
+    told = copy.copy(arrival.sampling)
+    told.attributes = {**(told.attributes or {}), semconv.RESPONSE_ID: arrival.announced.response_id}
+    return told

@@ -123,6 +123,8 @@ class EngineSteps:
                     told.parent_span_id,
                     told.request_id,
                     int(request.arrival_time * 1e9),
+                    response_id=told.response_id,
+                    detail=recorder.settings.request_spans == "detail",
                 )
             )
 

@@ -31,6 +31,7 @@ KEY: Final = "x-otel-npu-request"
 """The private header; it never leaves vLLM."""
 
 _ANNOUNCED: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{32})-([0-9a-f]{16});(.*)", re.DOTALL)
+_COMPLETION: Final = re.compile(r"(cmpl-.+)-\d+", re.DOTALL)
 _ATTRIBUTE: Final = "_otel_npu_arrival"
 _GIVES_IDS: Final = "_otel_npu_gives_ids"
 _LLM_REQUEST: Final = "llm_request"
@@ -46,6 +47,12 @@ class Announced(NamedTuple):
     trace_id: bytes
     parent_span_id: bytes
     request_id: str
+
+    @property
+    def response_id(self) -> str:
+        """The request by the id that its client got: for each prompt of `/v1/completions` vLLM adds a number to it."""
+        match = _COMPLETION.fullmatch(self.request_id)
+        return match[1] if match is not None else self.request_id
 
     def header(self) -> str:
         """The value of the private header."""
@@ -268,10 +275,11 @@ def _make_llm_request(maker: Any, arrival: Arrival, state: Any, ended_unix_ns: i
         span.set_attributes(
             {
                 semconv.REQUEST_ID: arrival.announced.request_id,
+                semconv.RESPONSE_ID: arrival.announced.response_id,
                 semconv.FINISH_REASONS: [_ABORT],
                 semconv.PROMPT_TOKENS: state.prompt_len,
                 semconv.COMPLETION_TOKENS: _output_tokens(state),
-                semconv.LATENCY: (ended_unix_ns - arrival.arrived_unix_ns) * 1e-9,
+                semconv.LATENCY: semconv.seconds(ended_unix_ns - arrival.arrived_unix_ns),
             }
         )
         span.end(ended_unix_ns)

@@ -380,5 +380,6 @@ def _rank(number: int, parallel: Any) -> tuple[Rank, dict[str, int]]:
         semconv.PP_RANK: inside // across,
         # The rank is 0 on every replica of a dense model, because they have nothing to do with each other.
         semconv.DP_RANK: getattr(parallel, "data_parallel_index", data_parallel_rank),
+        semconv.STEP_RANKS: replica,
     }
     return Rank(number, returns_output=inside == replica - across), place

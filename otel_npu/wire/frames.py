@@ -116,6 +116,7 @@ class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
 
     `key` names the request in the frames of other processes; `number` does so in those of this connection. The spans
     of the request become children of `parent_span_id`: vLLM's own `llm_request` if it traces, else the caller's.
+    `response_id` is what its client knows it by. With `detail` every step of it is wanted, not the slowest alone.
     """
 
     key: bytes
@@ -124,6 +125,8 @@ class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
     parent_span_id: bytes
     request_id: str
     arrived_unix_ns: Nanoseconds
+    response_id: str = ""
+    detail: bool = False
 
 
 class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):

@@ -89,7 +89,7 @@ class Joined:
 
     def client(self, **changes: Any) -> Client:
         client = Client()
-        client.greeted = Assembler(hello(**changes), self.wall, span_limits())
+        client.greeted = Assembler(hello(**{"device_kind": "cpu", **changes}), self.wall, span_limits())
         return client
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Receiver, Span
 
-LAST_STAGE = "model_runner_output"
 LLM_REQUEST = "llm_request"  # vLLM's own
 OURS = semconv.SCOPE
 PHASES = (semconv.QUEUE, semconv.PREFILL, semconv.DECODE)
@@ -40,6 +40,11 @@ class Spans:
 
     def named(self, name: str) -> list[Span]:
         return [span for span in self.all if span.name == name]
+
+    @property
+    def worker_steps(self) -> list[Span]:
+        """Each rank's steps: of several the name has the rank's number."""
+        return [span for span in self.all if re.fullmatch(rf"{semconv.WORKER_STEP}( rank \d+)?", span.name)]
 
     @property
     def ours(self) -> list[Span]:
@@ -97,13 +102,8 @@ def _pause(spans: Spans) -> float:
 
 
 def _whole(spans: Spans, request: Span) -> bool:
-    """Whether a request's last span has arrived: they are sent together, in this order, but may be received in two."""
-    ends = [span for span in spans.children(request) if semconv.REQUEST_FINISH_REASON in span.attributes]
-    if not ends or ends[0].name == semconv.QUEUE:
-        return bool(ends)
-    [last] = ends
-    listed = 1 if last.name == semconv.DECODE else last.attributes[semconv.REQUEST_STEPS]
-    return [span.name for span in spans.descendants(last)].count(LAST_STAGE) == listed
+    """Whether all spans of a request have arrived: the last of them says why it ended."""
+    return any(semconv.REQUEST_FINISH_REASON in span.attributes for span in spans.children(request))
 
 
 def request_in(receiver: Receiver, trace_id: str) -> tuple[Spans, Span]:
@@ -169,7 +169,7 @@ def steps_of(receiver: Receiver, ranks: int = 1) -> Spans:
     def arrived() -> Spans | None:
         spans = Spans(receiver.spans)
         whole = all(len(spans.children(step)) >= ranks for step in spans.named(semconv.ENGINE_STEP))
-        placed = all(spans.parent(step) is not None for step in spans.named(semconv.WORKER_STEP))
+        placed = all(spans.parent(step) is not None for step in spans.worker_steps)
         return spans if whole and placed else None
 
     pause = _pause(Spans(receiver.spans))
@@ -181,11 +181,14 @@ def assert_steps_whole(spans: Spans, ranks: int = 1) -> None:
     """Every engine's step has a span of each rank, and every rank's step its stages."""
     for engine_step in spans.named(semconv.ENGINE_STEP):
         steps = spans.children(engine_step)
-        assert [step.name for step in steps] == [semconv.WORKER_STEP] * ranks, f"{steps} in {engine_step}"
+        expected = (
+            [f"{semconv.WORKER_STEP} rank {rank}" for rank in range(ranks)] if ranks > 1 else [semconv.WORKER_STEP]
+        )
+        assert sorted(step.name for step in steps) == expected, f"{steps} in {engine_step}"
         assert sorted(step.attributes[semconv.RANK] for step in steps) == list(range(ranks))
         for step in steps:
             assert "forward" in spans.names(step), f"{spans.names(step)} in {step}"
-    assert all(spans.parent(step) is not None for step in spans.named(semconv.WORKER_STEP))
+    assert all(spans.parent(step) is not None for step in spans.worker_steps)
 
 
 def assert_shares_add_up(spans: Spans, rel: float = 1e-6) -> None:

@@ -81,7 +81,12 @@ def test_a_step_is_a_span_with_its_stages_below() -> None:
         scope = span.instrumentation_scope
         assert scope is not None
         assert (scope.name, scope.version, scope.schema_url) == ("otel_npu", __version__, semconv.SCHEMA_URL)
-    assert attributes(worker) == {"npu.step.number": 3, "npu.step.kind": "prefill", "npu.step.stages": 2}
+    assert attributes(worker) == {
+        "npu.step.number": 3,
+        "npu.step.kind": "prefill",
+        "npu.step.stages": 2,
+        "npu.timing": "device",
+    }
 
 
 def test_a_stage_says_how_it_was_timed_and_where_it_ran() -> None:
@@ -91,11 +96,30 @@ def test_a_stage_says_how_it_was_timed_and_where_it_ran() -> None:
     said = attributes(device_timed)
     assert said["npu.timing"] == "device"
     assert (said["npu.device.index"], said["npu.stream.id"]) == (2, 5)
-    assert said["npu.host.duration"] == pytest.approx(500e-9)
+    assert said["npu.host.duration"] == 500e-9
+    start_ns, end_ns = times(device_timed)
+    assert said["npu.device.duration"] == (end_ns - start_ns) / 1e9
     assert said["npu.enqueue.delay"] == pytest.approx((times(device_timed)[0] - 1000) * 1e-9)
     assert said["npu.clock.uncertainty"] > 0
     assert attributes(host_timed) == {"npu.timing": "host", "npu.host.duration": pytest.approx(250e-9)}
     assert times(host_timed) == (100, 350)
+
+
+def test_a_stage_that_the_host_timed_where_there_is_a_device_says_so_in_its_name() -> None:
+    stages = [stage(), stage(name="bookkeep", device_ns=None)]
+    assert [span.name for span in assembler().step(step(stages=stages))] == [
+        "forward",
+        "bookkeep (host)",
+        "worker_step",
+    ]
+    on_the_cpu = assembler(device_kind="cpu").step(step(stages=[stage(device_ns=None)]))
+    assert [span.name for span in on_the_cpu] == ["forward", "worker_step"]
+
+
+def test_ranks_are_told_apart_by_the_names_of_their_steps() -> None:
+    [alone] = assembler().step(step(rank=0, stages=[], attributes={"npu.step.ranks": 1}))
+    [other] = assembler().step(step(rank=1, stages=[], attributes={"npu.step.ranks": 2}))
+    assert (alone.name, other.name) == ("worker_step", "worker_step rank 1")
 
 
 def test_what_the_program_says_never_hides_what_was_measured() -> None:
@@ -190,12 +214,12 @@ def test_the_standard_limit_of_links_is_honoured(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_standard_limits_of_attributes_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "4")
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "5")
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "3")
     given = {f"key{n}": "value" for n in range(8)}
     sent = on_the_wire(assembler().step(step(attributes=given)))
     values = {pair.key: pair.value for pair in sent.attributes}
-    assert (len(values), sent.dropped_attributes_count) == (4, 7)
+    assert (len(values), sent.dropped_attributes_count) == (5, 7)
     assert values["key7"].string_value == "val"
     assert "npu.step.number" in values  # what was measured stays
 

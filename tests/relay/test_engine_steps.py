@@ -41,6 +41,7 @@ def test_an_engine_step_reaches_from_its_scheduling_to_the_taking_in_of_its_outp
         "npu.step.requests": 3,
         "npu.step.tokens": 9,
         "npu.step.ranks": 1,
+        "npu.timing": "host",
     }
     assert span.instrumentation_scope is not None
     assert span.instrumentation_scope.version == __version__

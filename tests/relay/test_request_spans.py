@@ -17,11 +17,10 @@ from opentelemetry.trace import SpanKind
 from otel_npu import semconv
 from otel_npu.relay import joiner
 from otel_npu.relay.engine import EngineStep, StepTimes
-from otel_npu.relay.requests import LISTED_STEPS, RECENT_STEPS, OpenRequest, Part, Phase
+from otel_npu.relay.requests import RECENT_STEPS, SHOWN_PREFILL_STEPS, OpenRequest, Part, Phase
 from tests.helpers.built import stage
 from tests.helpers.joined import (
     MS,
-    STEP_NS,
     UNIX_NS,
     Joined,
     attributes,
@@ -61,8 +60,9 @@ def test_a_request_is_its_queue_its_prefill_and_its_decode(joined: Joined) -> No
     assert names(joined) == []  # never before both ends are known
     joined.end(1, 3, "length")
     assert names(joined) == [
-        *("queue", "prefill", "forward", "attention", "sample"),
-        *("decode", "slowest_step", "forward", "attention", "sample"),
+        *("queue", "forward", "attention", "sample", "prefill"),
+        *("forward", "attention", "sample", "decode_step"),
+        *("forward", "attention", "sample", "decode_step", "decode"),
     ]
     queue, prefill, decode = (joined.only(name) for name in ("queue", "prefill", "decode"))
     assert (times(queue), times(prefill), times(decode)) == ((1, 9), (10, 18), (20, 38))
@@ -100,22 +100,6 @@ def test_the_stages_of_a_prefill_are_nested_as_in_its_step(joined: Joined) -> No
         "npu.step.number": 4,
         "npu.rank": 0,
     }
-
-
-def test_the_slowest_decode_step_is_below_the_decode_with_its_stages(joined: Joined) -> None:
-    joined.open(1)
-    joined.step(1, 1, prefill=True)
-    for number in range(2, 6):
-        joined.schedule(number, {1: 1})
-        forward_ns = (20 if number == 4 else 1) * MS
-        joined.run(number, stages=[host_stage("forward", number * STEP_NS, forward_ns)])
-        joined.update(number, {1: 1}, finished=[1] if number == 5 else [])
-    joined.end(1, 5)
-    [slowest] = joined.children(joined.only("decode"))
-    assert (slowest.name, times(slowest)) == ("slowest_step", (40, 60))
-    assert attributes(slowest) == {"npu.step.number": 4, "npu.step.kind": "decode", "npu.rank": 0}
-    [forward] = joined.children(slowest)
-    assert times(forward) == (40, 60)
 
 
 def test_what_the_phases_say(joined: Joined) -> None:
@@ -186,24 +170,25 @@ def test_a_chunked_prefill_is_one_phase(joined: Joined) -> None:
     joined.end(1, 2)
     assert times(joined.only("prefill")) == (10, 38)
     assert joined.told("prefill")["steps"] == 3
-    stages = joined.children(joined.only("prefill"))
-    assert [attributes(span)["npu.step.number"] for span in stages] == [1, 1, 2, 2, 3, 3]
+    steps = joined.children(joined.only("prefill"))
+    assert [attributes(span)["npu.step.number"] for span in steps] == [1, 2, 3]
+    assert [attributes(span)["npu.request.step_tokens"] for span in steps] == [512, 512, 1]
     assert joined.told("decode")["steps"] == 1
 
 
-def test_of_a_very_long_prefill_only_so_many_steps_are_listed(joined: Joined) -> None:
+def test_of_a_very_long_prefill_only_so_many_steps_are_shown(joined: Joined) -> None:
     joined.open(1)
-    steps = LISTED_STEPS + 100
+    steps = SHOWN_PREFILL_STEPS + 100
     for number in range(1, steps + 1):
         joined.schedule(number, {1: 512}, prefill=True)
         joined.run(number)
         joined.update(number, {1: 1} if number == steps else {}, finished=[1] if number == steps else [])
     joined.end(1, 1)
     told = joined.told("prefill")
-    assert (told["steps"], told["unlisted_steps"]) == (steps, 100)
+    assert (told["steps"], told["other_steps"]) == (steps, 100)
     assert ms(told["device_time"]) == 8 * steps
     assert times(joined.only("prefill")) == (10, 10 * steps + 8)
-    assert len(joined.children(joined.only("prefill"))) == 2 * LISTED_STEPS
+    assert len(joined.named("prefill_step")) == SHOWN_PREFILL_STEPS
 
 
 # Preemption
@@ -390,7 +375,7 @@ def test_a_step_scheduled_before_the_last_output_was_known_is_surplus(joined: Jo
     joined.end(1, 1, "length")
     assert names(joined) == []
     joined.run(2)
-    assert names(joined) == ["queue", "prefill", "forward", "attention", "sample"]
+    assert names(joined) == ["queue", "forward", "attention", "sample", "prefill"]
     told = joined.told("prefill")
     assert (told["steps"], told["surplus_steps"], ms(told["surplus_device_time"])) == (1, 1, 8)
     joined.pass_seconds(1.1)
@@ -543,7 +528,7 @@ def test_a_step_that_is_no_trace_is_part_of_its_requests_all_the_same(joined: Jo
     assert joined.run(1, trace_id=b"", span_id=b"") == []
     joined.update(1, {1: 1}, finished=[1])
     joined.end(1, 1)
-    assert [span.name for span in joined.spans] == ["queue", "prefill", "forward", "attention", "sample"]
+    assert [span.name for span in joined.spans] == ["queue", "forward", "attention", "sample", "prefill"]
 
 
 # Any order
@@ -656,7 +641,7 @@ def test_a_long_decode_is_summed_up(joined: Joined) -> None:
     assert ms(told["device_time"]) == pytest.approx(8 * (last - 1))
     assert ms(told["wait"]) == pytest.approx(2 * (last - 2))
     assert times(joined.only("decode")) == (20, 10 * last + 8)
-    assert len(joined.children(joined.only("decode"))) == 1
+    assert len(joined.named("decode_step")) == 3
 
 
 def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:

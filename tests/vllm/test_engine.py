@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -88,8 +89,15 @@ def test_a_sampled_request_is_told_once_when_it_reaches_the_engine(captured: Cap
     scheduler.add_request(request("a"))
     scheduler.add_request(request("b", sampled=False))
     assert told(captured, frames.Request) == [
-        frames.Request(b"kkkkkkka", 1, b"T" * 16, b"P" * 8, "user's a", 12_500_000_000)
+        frames.Request(b"kkkkkkka", 1, b"T" * 16, b"P" * 8, "user's a", 12_500_000_000, "user's a")
     ]
+
+
+def test_where_detail_is_asked_for_each_request_says_so(captured: Captured, scheduler: Scheduler) -> None:
+    captured.recorder.settings = replace(captured.recorder.settings, request_spans="detail")
+    scheduler.add_request(request("a"))
+    [frame] = told(captured, frames.Request)
+    assert frame.detail
 
 
 def test_a_step_tells_whom_it_serves_and_counts_the_others(captured: Captured, scheduler: Scheduler) -> None:

@@ -325,6 +325,31 @@ def test_a_session_with_its_inputs_in_a_stream_has_no_request_spans(captured: Ca
     assert announced(made.trace_headers) is announced(last.trace_headers) is None
 
 
+@pytest.mark.parametrize(
+    ("request_id", "response_id"),
+    [
+        ("cmpl-4f1c-0", "cmpl-4f1c"),
+        ("cmpl-my-own-7-12", "cmpl-my-own-7"),
+        ("chatcmpl-4f1c", "chatcmpl-4f1c"),
+        ("chatcmpl-of-2024-1", "chatcmpl-of-2024-1"),  # the caller's own words
+        ("id-0", "id-0"),
+    ],
+)
+def test_the_id_that_the_client_got_is_the_one_without_the_prompts_number(request_id: str, response_id: str) -> None:
+    told = front_end.Announced(b"k" * 8, b"t" * 16, b"s" * 8, request_id)
+    assert told.response_id == response_id
+
+
+def test_llm_request_has_the_id_that_the_client_got(captured: Captured, provider: Provider) -> None:
+    processor = Processor()
+    made = request("cmpl-4f1c-0")
+    made.external_req_id = made.request_id
+    arrive(processor, made)
+    processor.finish("cmpl-4f1c-0")
+    [span] = provider.spans()
+    assert (span.attributes or {})["gen_ai.response.id"] == "cmpl-4f1c"
+
+
 def test_other_spans_of_the_provider_keep_their_own_ids(captured: Captured, provider: Provider) -> None:
     processor = Processor()
     arrive(processor, request())

@@ -104,11 +104,14 @@ def test_a_request_without_a_traceparent_is_a_trace_of_its_own(serving: Serving)
     assert_phases(spans, request)
 
 
-def test_the_spans_of_a_request_carry_its_id(serving: Serving) -> None:
-    answer = serving.client.complete(words(5))
+@pytest.mark.parametrize("ask", ["complete", "chat"])
+def test_the_spans_of_a_request_carry_its_id_and_the_one_that_its_client_got(serving: Serving, ask: str) -> None:
+    answer = getattr(serving.client, ask)(words(5))
     spans, [request] = requests_of(serving.receiver, of_answer(answer))
+    assert request.attributes[semconv.RESPONSE_ID] == answer["id"]
     for phase in spans.children(request):
         assert phase.attributes[semconv.REQUEST_ID] == request.attributes[semconv.REQUEST_ID]
+        assert phase.attributes[semconv.RESPONSE_ID] == answer["id"]
 
 
 def test_a_caller_that_does_not_sample_gets_nothing(serving: Serving) -> None:

@@ -220,14 +220,21 @@ def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured)
     steps = captured.steps()
     assert [(step.rank, step.returns_output) for step in steps] == [(0, False), (1, False), (2, True), (3, False)]
     assert [step.attributes for step in steps] == [
-        {semconv.TP_RANK: tp, semconv.PP_RANK: pp, semconv.DP_RANK: 3} for pp in (0, 1) for tp in (0, 1)
+        {semconv.TP_RANK: tp, semconv.PP_RANK: pp, semconv.DP_RANK: 3, semconv.STEP_RANKS: 4}
+        for pp in (0, 1)
+        for tp in (0, 1)
     ]
 
 
 def test_a_dense_model_has_a_data_parallel_rank_too(captured: Captured) -> None:
     """Of a dense model vLLM sets `data_parallel_rank` to 0 on every rank; only the index is left."""
     Worker(data_parallel_rank=0, data_parallel_index=1).execute_model(output(result="output"))
-    assert captured.step().attributes == {semconv.TP_RANK: 0, semconv.PP_RANK: 0, semconv.DP_RANK: 1}
+    assert captured.step().attributes == {
+        semconv.TP_RANK: 0,
+        semconv.PP_RANK: 0,
+        semconv.DP_RANK: 1,
+        semconv.STEP_RANKS: 1,
+    }
 
 
 def test_under_an_external_launcher_a_rank_is_told_within_its_replica(captured: Captured) -> None:
@@ -238,7 +245,7 @@ def test_under_an_external_launcher_a_rank_is_told_within_its_replica(captured: 
     steps = captured.steps()
     assert [(step.rank, step.returns_output) for step in steps] == [(2, True), (3, False)]
     assert [step.attributes for step in steps] == [
-        {semconv.TP_RANK: tp, semconv.PP_RANK: 0, semconv.DP_RANK: 1} for tp in (0, 1)
+        {semconv.TP_RANK: tp, semconv.PP_RANK: 0, semconv.DP_RANK: 1, semconv.STEP_RANKS: 2} for tp in (0, 1)
     ]
 
 
