@@ -93,6 +93,7 @@ STEP_STAGES: Final = "npu.step.stages"
 STEP_REQUESTS: Final = "npu.step.requests"
 STEP_TOKENS: Final = "npu.step.tokens"
 STEP_RANKS: Final = "npu.step.ranks"
+SAMPLED_REASON: Final = "npu.sampled.reason"
 RANK: Final = "npu.rank"
 DROPPED_PREFIX: Final = "npu.dropped."
 TP_RANK: Final = "npu.tp.rank"
@@ -130,6 +131,12 @@ CANN_VERSION: Final = "npu.cann.version"
 
 HW_TYPE_NPU: Final = "npu"
 
+# Why a step is kept as a trace.
+RATE: Final = "rate"
+SLOW: Final = "slow"
+ERROR: Final = "error"
+HANG: Final = "hang"
+
 TIMING_DEVICE: Final = "device"
 TIMING_HOST: Final = "host"
 
@@ -162,6 +169,11 @@ ATTRIBUTES: Final = (
     Term(STEP_REQUESTS, "{request}", "How many requests the step served, sampled or not."),
     Term(STEP_TOKENS, "{token}", "How many tokens were scheduled for the step, of all its requests."),
     Term(STEP_RANKS, "{rank}", "How many ranks the engine gave the step to."),
+    Term(
+        SAMPLED_REASON,
+        "",
+        "Why the step was kept as a trace: rate (OTEL_NPU_STEPS_PER_SECOND), slow (OTEL_NPU_SLOW_STEP), error or hang.",
+    ),
     Term(
         RANK,
         "",
@@ -259,6 +271,8 @@ PING_UNANSWERED: Final = "ping_unanswered"
 BAD_ATTRIBUTE: Final = "bad_attribute"
 TOO_MANY_LINKS: Final = "too_many_links"
 BAD_LINK: Final = "bad_link"
+TOO_MANY_SLOW: Final = "too_many_slow"
+TOO_MANY_HELD: Final = "too_many_held"
 BAD_FRAME: Final = "bad_frame"
 INTERNAL_ERROR: Final = "internal_error"
 RELAY_LOST: Final = "relay_lost"
@@ -283,6 +297,12 @@ DROP_REASONS: Final = (
     Term(BAD_ATTRIBUTE, "{attribute}", "Not a string, number, flag or a list of one of these."),
     Term(BAD_LINK, "{link}", "An entry of `requests` that is neither a traceparent nor a span context."),
     Term(TOO_MANY_LINKS, "{link}", "More requests than a step can be linked to."),
+    Term(TOO_MANY_SLOW, "{step}", "Slow steps beyond the few a second that are kept for it. Their times are counted."),
+    Term(
+        TOO_MANY_HELD,
+        "{step}",
+        "Steps that were let go of before it was known whether they are slow: more than the relay holds.",
+    ),
     Term(BAD_FRAME, "{frame}", "A frame that the relay could not read, or one too large to send."),
     Term(INTERNAL_ERROR, "{error}", "A fault of otel-npu's own; the log has it."),
     Term(RELAY_LOST, "{relay}", "A relay ended early, with what it held. Counted once by each process that had it."),

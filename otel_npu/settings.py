@@ -19,6 +19,7 @@ DEVICE: Final = "OTEL_NPU_DEVICE"
 EXPORT: Final = "OTEL_NPU_EXPORT"
 REQUEST_SPANS: Final = "OTEL_NPU_REQUEST_SPANS"
 STEPS_PER_SECOND: Final = "OTEL_NPU_STEPS_PER_SECOND"
+SLOW_STEP: Final = "OTEL_NPU_SLOW_STEP"
 HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
 LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
 SESSION: Final = "OTEL_NPU_SESSION"
@@ -44,6 +45,7 @@ class Settings:
         request_spans: `summary` (each sampled request's queue, prefill and decode, with its slowest steps),
             `detail` (with all steps, up to 256 of each phase) or `off`.
         steps_per_second: Step traces kept each second, of each kind of step; `math.inf` keeps every one.
+        slow_step: A step that takes so many times as long as is usual for its kind is kept too; `math.inf` none.
         hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
         log_stages: Whether each resolved step is logged as one line.
         root_traces: Whether steps outside of any sampled trace may begin traces of their own.
@@ -58,6 +60,7 @@ class Settings:
     export: str = "relay"
     request_spans: str = "summary"
     steps_per_second: float = 2.0
+    slow_step: float = 3.0
     hang_seconds: float = 30.0
     log_stages: bool = False
     root_traces: bool = True
@@ -71,6 +74,8 @@ class Settings:
             raise _error(REQUEST_SPANS, self.request_spans, " or ".join(_REQUEST_SPANS))
         if not self.steps_per_second >= 0:
             raise _error(STEPS_PER_SECOND, str(self.steps_per_second), _RATE_TAKES)
+        if not self.slow_step > 1:
+            raise _error(SLOW_STEP, str(self.slow_step), _SLOW_TAKES)
         if not self.hang_seconds > 0:
             raise _error(HANG_SECONDS, str(self.hang_seconds), _HANG_TAKES)
 
@@ -87,17 +92,17 @@ class Settings:
         if sdk_disabled(environment):
             enabled = False
         sampler = environment.get("OTEL_TRACES_SAMPLER", "").strip().lower()
+        off = sampler == "always_off"
         return cls(
             enabled=enabled,
             device=read(DEVICE, _device, default=cls.device),
             export=read(EXPORT, _one_of(*_EXPORTS), default=cls.export),
             request_spans=read(REQUEST_SPANS, _one_of(*_REQUEST_SPANS), default=cls.request_spans),
-            steps_per_second=(
-                0.0 if sampler == "always_off" else read(STEPS_PER_SECOND, _rate, default=cls.steps_per_second)
-            ),
+            steps_per_second=0.0 if off else read(STEPS_PER_SECOND, _rate, default=cls.steps_per_second),
+            slow_step=math.inf if off else read(SLOW_STEP, _factor, default=cls.slow_step),
             hang_seconds=read(HANG_SECONDS, _seconds, default=cls.hang_seconds),
             log_stages=read(LOG_STAGES, _flag, default=cls.log_stages),
-            root_traces=sampler not in ("always_off", "parentbased_always_off"),
+            root_traces=not off and sampler != "parentbased_always_off",
         )
 
 
@@ -130,11 +135,16 @@ def _flag(variable: str, value: str) -> bool:
 
 
 _RATE_TAKES: Final = "a number of steps a second, 0 or more, or 'all'"
+_SLOW_TAKES: Final = "how many times the usual, a number above 1, or 'off'"
 _HANG_TAKES: Final = "a number of seconds above 0, or 'never'"
 
 
 def _rate(variable: str, value: str) -> float:
     return _number(variable, value, word="all", takes=_RATE_TAKES, allowed=lambda rate: rate >= 0)
+
+
+def _factor(variable: str, value: str) -> float:
+    return _number(variable, value, word="off", takes=_SLOW_TAKES, allowed=lambda factor: factor > 1)
 
 
 def _seconds(variable: str, value: str) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FLAG = "1 or 0 (also true, yes, on; false, no, off)"
 RATE = "a number of steps a second, 0 or more, or 'all'"
+FACTOR = "how many times the usual, a number above 1, or 'off'"
 SECONDS = "a number of seconds above 0, or 'never'"
 DEVICE = "auto, npu, cpu, simulated or a torch device type such as cuda"
 BAD = [
@@ -30,6 +31,8 @@ BAD = [
     ("OTEL_NPU_STEPS_PER_SECOND", "-1", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "nan", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "inf", RATE),
+    ("OTEL_NPU_SLOW_STEP", "1", FACTOR),
+    ("OTEL_NPU_SLOW_STEP", "never", FACTOR),
     ("OTEL_NPU_HANG_SECONDS", "0", SECONDS),
     ("OTEL_NPU_HANG_SECONDS", "-3", SECONDS),
     ("OTEL_NPU_HANG_SECONDS", "soon", SECONDS),
@@ -67,6 +70,8 @@ def test_without_any_variable_tracing_is_off_and_the_defaults_hold() -> None:
         ("OTEL_NPU_STEPS_PER_SECOND", "0", "steps_per_second", 0),
         ("OTEL_NPU_STEPS_PER_SECOND", "0.5", "steps_per_second", 0.5),
         ("OTEL_NPU_STEPS_PER_SECOND", "all", "steps_per_second", math.inf),
+        ("OTEL_NPU_SLOW_STEP", "1.5", "slow_step", 1.5),
+        ("OTEL_NPU_SLOW_STEP", "Off", "slow_step", math.inf),
         ("OTEL_NPU_HANG_SECONDS", "1.5", "hang_seconds", 1.5),
         ("OTEL_NPU_HANG_SECONDS", "Never", "hang_seconds", math.inf),
         ("OTEL_NPU_LOG_STAGES", "1", "log_stages", True),
@@ -117,6 +122,7 @@ def test_a_bad_value_is_one_clear_line_and_tracing_stays_off(
         {"export": "file"},
         {"steps_per_second": -1},
         {"steps_per_second": math.nan},
+        {"slow_step": 1},
         {"hang_seconds": 0},
         {"hang_seconds": math.nan},
     ],

@@ -19,12 +19,18 @@ SAMPLED: Final = 0x01
 
 
 class Ids(NamedTuple):
-    """The ids of a step that is kept as a trace. Raw bytes; an empty parent makes it a root."""
+    """The ids of a step, and whether it is kept as a trace: one that is not may turn out to be slow, and be kept then.
+
+    Raw bytes; an empty parent makes it a root.
+    """
 
     trace_id: bytes
     span_id: bytes
     parent_span_id: bytes
+    kept: bool = True
 
+
+NO_IDS: Final = Ids(b"", b"", b"", kept=False)
 
 # Of our own: a model's `random.seed()` must not repeat the ids. Not os.urandom() for each: it gives the GIL away, and
 # in an engine another thread then takes it and keeps the scheduler waiting, for 150 us a step.
@@ -34,15 +40,15 @@ new_bytes: Final = _random.randbytes
 os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(32)))
 
 
-def new_root() -> Ids:
+def new_root(*, kept: bool = True) -> Ids:
     """Ids of a new trace."""
     ids = new_bytes(24)
-    return Ids(ids[:16], ids[16:], b"")
+    return Ids(ids[:16], ids[16:], b"", kept)
 
 
-def child_of(trace_id: bytes, parent_span_id: bytes) -> Ids:
+def child_of(trace_id: bytes, parent_span_id: bytes, *, kept: bool = True) -> Ids:
     """Ids of a new span in an existing trace."""
-    return Ids(trace_id, new_bytes(8), parent_span_id)
+    return Ids(trace_id, new_bytes(8), parent_span_id, kept)
 
 
 class Limiter:

@@ -40,14 +40,9 @@ def watch(state: ThreadState, settings: Settings, channel: Channel, drops: Drops
         step.kind or "step",
         (now_ns - stage.entered_ns) * 1e-9,
     )
-    if step.ids is None and settings.root_traces:
-        step.ids = context.new_root()  # a step that hangs is kept, so that the span has somewhere to be
-    ids = step.ids
-    if ids is not None and not ids.trace_id and settings.root_traces:
-        # Part of an engine's step that is no trace. By its parent it goes on to be that, so the span is a root.
-        ids = context.Ids(context.new_root().trace_id, b"", b"")
-    if ids is not None and ids.trace_id:
-        channel.send(frames.encode(_unfinished_frame(step, ids, stage, now_ns)))
+    if step.ids is None:
+        step.ids = context.new_root() if settings.root_traces else context.NO_IDS
+    channel.send(frames.encode(_unfinished_frame(step, step.ids, stage, now_ns)))
     if step.closed_ns > 0 and not stage.exited_ns:
         give_up(step, drops)  # its step is over and its exit will never come; do not hold up the others
         step.hang_reported = False  # and there will be no word that it has finished after all
@@ -63,6 +58,9 @@ def _unfinished_frame(step: Step, ids: context.Ids, stage: Stage, now_ns: int) -
         stage.entered_ns,
         now_ns,
         stage.stream.device_index,
+        step.rank.number,
+        ids.span_id,
+        b"" if step.rank.number < 0 else ids.parent_span_id,
     )
 
 

@@ -98,19 +98,20 @@ class Recorder:
         return pool
 
     def choose(self, step: Step) -> context.Ids | None:
-        """Ids for a step that is kept as a trace, or None for one of which only the times count."""
+        """Ids for a step, and whether it is kept as a trace; None for one that never is: only its times count."""
         outer = step.outer
         if outer is not None:
             around = outer.ids
-            return context.child_of(around.trace_id, around.span_id) if around is not None and around.trace_id else None
+            if around is None or not around.trace_id:
+                return None
+            return context.child_of(around.trace_id, around.span_id, kept=around.kept)
         active = context.active_span()
         if active is not None:
-            if not active.trace_flags & context.SAMPLED or not self._limiter.allow(step.kind):
+            if not active.trace_flags & context.SAMPLED:
                 return None
-            return context.child_of(active.trace_id.to_bytes(16, "big"), active.span_id.to_bytes(8, "big"))
-        if self.settings.root_traces and self._limiter.allow(step.kind):
-            return context.new_root()
-        return None
+            ids = active.trace_id.to_bytes(16, "big"), active.span_id.to_bytes(8, "big")
+            return context.child_of(*ids, kept=self._limiter.allow(step.kind))
+        return context.new_root(kept=self._limiter.allow(step.kind)) if self.settings.root_traces else None
 
     def send(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
         """Send a frame that comes from elsewhere than a step; `dropped` are the counts in it, if any."""
@@ -353,6 +354,7 @@ class Recorder:
             device_kind="" if self.device_is_open_question else self.device.kind,
             device_name=self._device_name(),
             device_resolution_ns=self.device.resolution_ns,
+            slow_step=self.settings.slow_step,
         )
 
     def _device_name(self) -> str:

@@ -148,7 +148,7 @@ class Resolver:
                     self._attributes(stage.attributes) if stage.attributes else None,
                 )
             )
-        ids = step.ids or _NO_IDS
+        ids = step.ids or context.NO_IDS
         return frames.Step(
             ids.trace_id,
             ids.span_id,
@@ -163,9 +163,10 @@ class Resolver:
             seen_ns,
             None if step.error is None else step.error.__qualname__,
             self._attributes(step.attributes) if step.attributes else None,
-            self._links(step) if step.requests and ids.trace_id else [],
+            self._links(step) if step.requests and ids.kept else [],
             self._drops.take_unsent(),
             stages,
+            ids.kept,
         )
 
     def _links(self, step: Step) -> list[bytes]:
@@ -187,9 +188,6 @@ class Resolver:
             else:
                 good[key] = clean
         return good
-
-
-_NO_IDS: Final = context.Ids(b"", b"", b"")
 
 
 def _pair(stage: Stage) -> Pair:

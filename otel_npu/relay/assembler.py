@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
+from otel_npu.drops import Drops
+from otel_npu.relay.keeping import Keeping
 from otel_npu.relay.placing import Ran, Timeline
 from otel_npu.relay.resources import resource_of
 from otel_npu.relay.spans import SpanMaker, span_context
+from otel_npu.slow import SlowSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +33,14 @@ class Assembler:
         hello: The process's first frame.
         wall: The wall clock of this host.
         limits: How many attributes and links a span has at most.
+        slow: Says which of its steps are slow, where no engine does; without it none is.
     """
 
-    def __init__(self, hello: Hello, wall: WallClock, limits: SpanLimits) -> None:
+    def __init__(self, hello: Hello, wall: WallClock, limits: SpanLimits, slow: SlowSteps | None = None) -> None:
         self.spans = SpanMaker(resource_of(hello), limits)
         self._has_device = hello.device_kind not in ("", "cpu")
         self._wall = wall
+        self._keeping = Keeping(slow or SlowSteps(math.inf, Drops()))
         self.timeline = Timeline(hello.device_resolution_ns)
         self._inside: dict[bytes, tuple[int, int]] = {}
         """By the span id of a step that is still to come: from where to where the steps inside it reach."""
@@ -55,40 +61,40 @@ class Assembler:
         dropped, self._dropped = self._dropped, {}
         return dropped
 
-    def step(self, step: Step, join: Callable[[Ran], None] | None = None) -> list[ReadableSpan]:
-        """The spans of a step: none if it is not kept as a trace.
+    def step(self, step: Step, join: Callable[[Ran], str] | None = None) -> list[ReadableSpan]:
+        """The spans of a step, and of those inside it that are kept with it: none if it is not kept as a trace.
 
         Args:
             step: The frame.
-            join: Told of a step that is a rank's part of an engine's step, whether it is kept or not.
+            join: Told of a step that is a rank's part of an engine's step; says why it is kept, if it is. The spans
+                of one that is kept later are made by `kept`.
         """
         self.timeline.learn(step)
         self.count_drops(step.dropped)
-        joined = join is not None and step.rank >= 0 and step.parent_span_id
-        if not (step.trace_id or joined):
-            return []
         placed = self.timeline.place(step)
         ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device)
-        if join is not None and joined:
-            join(ran)
-        return self._spans(ran) if step.trace_id else []
+        if join is not None and step.rank >= 0 and step.parent_span_id:
+            reason = join(ran)
+            return self.kept(ran, reason) if reason else []
+        return [span for each, reason in self._keeping.take(ran) for span in self.kept(each, reason)]
 
-    def _spans(self, ran: Ran) -> list[ReadableSpan]:
-        step, unix_ns = ran.step, ran.unix_ns
+    def kept(self, ran: Ran, reason: str) -> list[ReadableSpan]:
+        """The spans of a step that is kept for this reason."""
+        step, unix_ns, why = ran.step, ran.unix_ns, {semconv.SAMPLED_REASON: reason}
         trace_id = int.from_bytes(step.trace_id, "big")
         around = span_context(trace_id, step.parent_span_id)
         own = span_context(trace_id, step.span_id)
         links = self.spans.links(step.links)
         if step.bare:
             # The first stage has the step's id: what a step inside it has as its parent.
-            return self.spans.stages(ran, trace_id, around, unix_ns, first=own, links=links)
+            return self.spans.stages(ran, trace_id, around, unix_ns, first=own, links=links, outer=why)
         spans = self.spans.stages(ran, trace_id, own, unix_ns)
         spans.append(
             self.spans.span(
                 _step_name(step),
                 own,
                 around,
-                _step_attributes(step, self.take_drops()),
+                {**why, **_step_attributes(step, self.take_drops())},
                 (ran.start_ns + unix_ns, ran.end_ns + unix_ns),
                 own_attributes=step.attributes,
                 error=step.error,
@@ -111,7 +117,9 @@ class Assembler:
         return extent
 
     def unfinished(self, frame: Unfinished) -> ReadableSpan:
-        """The span of a stage that hangs: it ends now, and says that it is not over."""
+        """The span of a stage that hangs: it ends now, and says that it is not over. Its step is kept if it ends."""
+        if not frame.engine_span_id:
+            self._keeping.expect(frame.span_id, semconv.HANG)
         trace_id = int.from_bytes(frame.trace_id, "big")
         unix_ns = self._wall.offset_ns()
         seconds = semconv.seconds(frame.now_ns - frame.entered_ns)

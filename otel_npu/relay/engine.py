@@ -72,22 +72,36 @@ class EngineStep:
         engine: Whose step it is; None until it is known to have been scheduled.
         scheduled: The engine's first frame of it.
         parts: What requests had of it.
-        links: The spans that wait for it, each once.
         ranks: Its runs, by rank.
+        reason: Why it is kept as a trace; empty as long as it is not.
+        unkept: Its runs, and whose each is, as long as it is not.
         times: The run that counts for the requests; None if there was none, or until `settled`.
         closed_ns: When its output was taken in, if it was.
         over: Whether its output was taken in, or never will be.
         deadline: When it is done with, whatever is still missing.
     """
 
-    __slots__ = ("closed_ns", "deadline", "engine", "links", "over", "parts", "ranks", "scheduled", "settled", "times")
+    __slots__ = (
+        "closed_ns",
+        "deadline",
+        "engine",
+        "over",
+        "parts",
+        "ranks",
+        "reason",
+        "scheduled",
+        "settled",
+        "times",
+        "unkept",
+    )
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.scheduled: Scheduled | None = None
         self.parts: list[Part] = []
-        self.links: dict[bytes, None] = {}
         self.ranks: dict[int, Ran] = {}
+        self.reason = ""
+        self.unkept: list[tuple[Client, Ran]] = []
         self.times: StepTimes | None = None
         self.settled = False
         self.closed_ns: int | None = None
@@ -118,7 +132,7 @@ class EngineStep:
         return StepTimes(self.scheduled, self.decisive() or self.ranks[min(self.ranks)])
 
     def span(self, unix_ns: int) -> ReadableSpan:
-        """The span of a step that was chosen to be a trace. It ends no earlier than what its ranks say of it.
+        """The span of a step that is kept as a trace. It ends no earlier than what its ranks say of it.
 
         Args:
             unix_ns: Unix time minus the host's monotonic time.
@@ -135,6 +149,7 @@ class EngineStep:
             semconv.STEP_TOKENS: scheduled.total_tokens,
             semconv.STEP_RANKS: scheduled.ranks,
             semconv.TIMING: semconv.TIMING_HOST,
+            semconv.SAMPLED_REASON: self.reason,
         }
         for reason, count in assembler.take_drops().items():
             attributes[semconv.DROPPED_PREFIX + reason] = count
@@ -144,12 +159,12 @@ class EngineStep:
             None,
             attributes,
             (scheduled.opened_ns + unix_ns, max(ends_ns)),
-            links=assembler.spans.links(self.links),
+            links=assembler.spans.links(dict.fromkeys(part.request.link for part in self.parts)),
         )
 
     def release(self) -> None:
         """Let go of what only its own span was made of; requests may hold on to its times."""
-        self.parts, self.links, self.ranks = [], {}, {}
+        self.parts, self.ranks, self.unkept = [], {}, []
 
 
 def _device_times(stages: list[Stage]) -> tuple[bool, dict[str, int]]:

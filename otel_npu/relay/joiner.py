@@ -36,6 +36,8 @@ END_SECONDS: Final = 0.8
 """For how long a request waits for the other end of it to be known, and for its last steps."""
 STRANGER_SECONDS: Final = 2.0
 """For how long a step or a request's end is kept that no engine has told of: its engine may be on another host."""
+HELD_STAGES: Final = 65_536
+"""So many stages such steps have at most."""
 MAX_REQUESTS: Final = 16_384
 
 
@@ -67,6 +69,9 @@ class Joiner:
         """By key, the oldest first."""
         self._ending: dict[bytes, OpenRequest] = {}
         """Those of them of which an end is known."""
+        self._strange_steps: dict[bytes, EngineStep] = {}
+        """Those steps that no engine has told of, the oldest first."""
+        self._strange_stages = 0
         self._strange_ends: dict[bytes, tuple[float, frames.RequestEnd]] = {}
 
     @property
@@ -75,9 +80,11 @@ class Joiner:
         return bool(self._steps or self._ending or self._strange_ends)
 
     def take(
-        self, client: Client, frame: frames.Request | frames.Scheduled | frames.Updated | frames.RequestEnd
+        self,
+        client: Client,
+        frame: frames.Request | frames.Scheduled | frames.Updated | frames.Keep | frames.RequestEnd,
     ) -> None:
-        """What an engine says or, of a request's end, a front end.
+        """What an engine says or, of a request's end, a front end or, of steps that are kept after all, a worker.
 
         Raises:
             ValueError: The process has not said hello.
@@ -86,6 +93,10 @@ class Joiner:
         if isinstance(frame, frames.RequestEnd):
             self._drops.put_back(frame.dropped)  # a front end has no step of its own to say it on
             self._front_end_done(frame)
+            return
+        if isinstance(frame, frames.Keep):
+            for span_id in frame.span_ids:
+                self.keep(span_id, frame.reason)
             return
         engine = self._engines.get(client)
         if engine is None:
@@ -98,16 +109,27 @@ class Joiner:
         else:
             self._updated(engine, frame)
 
-    def ran(self, ran: Ran) -> None:
-        """A rank has run its part of an engine's step."""
+    def ran(self, client: Client, ran: Ran) -> str:
+        """A rank has run its part of an engine's step; why it is kept, if that is known now."""
         span_id = ran.step.parent_span_id
-        step = self._steps.get(span_id)
-        if step is None:
-            step = self._steps[span_id] = EngineStep()
-            step.deadline = self._now() + STRANGER_SECONDS
+        step = self._step(span_id)
+        if ran.step.kept:
+            step.reason = step.reason or semconv.RATE
+        elif ran.step.error is not None:
+            self._keep(step, semconv.ERROR)
+        reason = step.reason
         step.ranks[ran.step.rank] = ran
+        if not reason:
+            step.unkept.append((client, ran))
         if step.scheduled is not None:
             self._look(span_id, step)
+        else:
+            self._hold(span_id, step, ran)
+        return reason if ran.step.trace_id else ""
+
+    def keep(self, span_id: bytes, reason: str) -> None:
+        """An engine's step is kept, though it was not chosen to be at first."""
+        self._keep(self._step(span_id), reason)
 
     def tick(self) -> None:
         """Be done with what has waited long enough."""
@@ -158,11 +180,12 @@ class Joiner:
             if number in requests:
                 requests[number].dismissed(frame.opened_ns)
                 self._ended(requests[number])
-        step = self._steps.get(frame.span_id)
-        if not frame.total_tokens or (step is not None and step.scheduled is not None):
+        if not frame.total_tokens:
             return
-        if step is None:
-            step = self._steps[frame.span_id] = EngineStep()
+        step = self._step(frame.span_id)
+        if step.scheduled is not None:
+            return
+        self._let_go(frame.span_id)
         step.engine, step.scheduled = engine, frame
         engine.steps[frame.span_id] = step
         for number, tokens, prefill in zip(frame.requests, frame.tokens, frame.prefills, strict=True):
@@ -170,8 +193,8 @@ class Joiner:
             if request is None:
                 continue
             step.parts.append(request.take_part(step, frame.opened_ns, tokens, prefill=prefill))
-            if frame.trace_id:
-                step.links[request.link] = None
+        if frame.kept:
+            self._keep(step, semconv.RATE)
         self._look(frame.span_id, step)
 
     def _updated(self, engine: Engine, frame: frames.Updated) -> None:
@@ -183,15 +206,47 @@ class Joiner:
             if number in requests:
                 requests[number].finished(span_id, frame.closed_ns)
         if span_id in engine.steps:
+            if frame.keep:
+                self._keep(engine.steps[span_id], frame.keep)
             engine.steps[span_id].closed_ns = frame.closed_ns
             # Outputs are taken in in order: a step before it that has had none will have none.
-            for earlier in list(engine.steps):
-                self._over(earlier, engine.steps[earlier])
-                if earlier == span_id:
-                    break
+            earlier = list(engine.steps)
+            for each in earlier[: earlier.index(span_id) + 1]:
+                self._over(each, engine.steps[each])
         for number in frame.finished:
             if number in requests:
                 self._ended(requests[number])
+
+    def _step(self, span_id: bytes) -> EngineStep:
+        """The record of this step, made by whoever tells of it first."""
+        step = self._steps.get(span_id)
+        if step is None:
+            step = self._steps[span_id] = EngineStep()
+            step.deadline = self._now() + STRANGER_SECONDS
+        return step
+
+    def _keep(self, step: EngineStep, reason: str) -> None:
+        if step.reason:
+            return
+        step.reason = reason
+        for client, ran in step.unkept:
+            if ran.step.trace_id:
+                self._put(client.assembler.kept(ran, reason), client.account)
+        step.unkept = []
+
+    def _hold(self, span_id: bytes, step: EngineStep, ran: Ran) -> None:
+        """No engine has told of it yet, and perhaps none will: a relay on another host hears of the slow ones alone."""
+        self._strange_steps[span_id] = step
+        self._strange_stages += len(ran.step.stages)
+        while self._strange_stages > HELD_STAGES:
+            self._drops.add(semconv.TOO_MANY_HELD)
+            oldest = next(iter(self._strange_steps))
+            self._done(oldest, self._steps[oldest])
+
+    def _let_go(self, span_id: bytes) -> None:
+        step = self._strange_steps.pop(span_id, None)
+        if step is not None:
+            self._strange_stages -= sum(len(ran.step.stages) for ran in step.ranks.values())
 
     def _look(self, span_id: bytes, step: EngineStep) -> None:
         """Something new is known of a scheduled step."""
@@ -223,13 +278,14 @@ class Joiner:
     def _done(self, span_id: bytes, step: EngineStep) -> None:
         """Forget a step and, if it is a trace, make its span."""
         del self._steps[span_id]
+        self._let_go(span_id)
         engine, scheduled = step.engine, step.scheduled
         if engine is None or scheduled is None:
             return
         engine.steps.pop(span_id, None)
         if not step.settled:
             self._settle(step)
-        if scheduled.trace_id:
+        if step.reason and scheduled.trace_id:
             engine.client.assembler.count_drops(self._drops.take_unsent())
             self._put([step.span(self._wall.offset_ns())], engine.client.account)
         step.release()

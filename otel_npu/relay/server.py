@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import selectors
@@ -22,6 +23,7 @@ from otel_npu.relay.joiner import Joiner
 from otel_npu.relay.patience import Patience
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
+from otel_npu.slow import SlowSteps
 from otel_npu.wire import frames, rendezvous
 
 if TYPE_CHECKING:
@@ -265,7 +267,7 @@ class Server:
         if isinstance(frame, frames.Hello):
             if frame.protocol != frames.PROTOCOL:
                 raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
-            assembler = Assembler(frame, self._wall, self._limits)
+            assembler = Assembler(frame, self._wall, self._limits, SlowSteps(frame.slow_step, self._drops))
             assembler.replaces(client.greeted)
             client.greeted = assembler
         elif isinstance(frame, frames.Flush):
@@ -273,12 +275,20 @@ class Server:
         elif isinstance(frame, frames.Ping):
             client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
-            self._export.put([client.assembler.unfinished(frame)], client.account)
+            self._unfinished(client, frame)
         elif isinstance(frame, frames.Step):
             client.assembler.count_drops(self._drops.take_unsent())
-            self._export.put(client.assembler.step(frame, self._joiner.ran), client.account)
+            spans = client.assembler.step(frame, functools.partial(self._joiner.ran, client))
+            self._export.put(spans, client.account)
         else:
             self._joiner.take(client, frame)
+
+    def _unfinished(self, client: _Client, frame: frames.Unfinished) -> None:
+        span = client.assembler.unfinished(frame)
+        if frame.trace_id:
+            self._export.put([span], client.account)
+        if frame.engine_span_id:
+            self._joiner.keep(frame.engine_span_id, semconv.HANG)
 
     def _flush(self, account: Account, connection: socket.socket, frame: frames.Flush) -> None:
         """Answer when the exporter is done, from a thread of its own: others must not wait meanwhile."""

@@ -137,6 +137,7 @@ class SpanMaker:
         links: Any = (),
         more: dict[str, Any] | None = None,
         kept: Sequence[bool] | None = None,
+        outer: dict[str, Any] | None = None,
     ) -> list[ReadableSpan]:
         """A span for each stage of a step, nested as the stages were.
 
@@ -149,6 +150,7 @@ class SpanMaker:
             links: Links of the outermost.
             more: What the span of each stage says beside what was measured.
             kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
+            outer: What those of the outermost say beside that.
         """
         stages, on_host = ran.step.stages, semconv.HOST_TIMED if ran.has_device else ""
         random = os.urandom(8 * len(stages))
@@ -162,6 +164,8 @@ class SpanMaker:
             attributes = _stage_attributes(stage, place)
             if more:
                 attributes.update(more)
+            if outer and stage.parent < 0:
+                attributes.update(outer)
             spans.append(
                 self.span(
                     stage.name if stage.device_ns is not None else stage.name + on_host,

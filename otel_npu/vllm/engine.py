@@ -8,7 +8,9 @@ import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from otel_npu import semconv
 from otel_npu.capture import context
+from otel_npu.slow import SlowSteps
 from otel_npu.vllm import tracing
 from otel_npu.vllm.front_end import announced
 from otel_npu.wire import frames
@@ -26,18 +28,32 @@ STEP_ATTRIBUTE: Final = "_otel_npu_step"
 _request_numbers: Final = itertools.count(1)
 """Of the process, whose connection tells the requests of all its engines."""
 
+_MAX_RUNNING: Final = 64
 _MIXED: Final = "mixed"
 _PREFILL: Final = "prefill"
 _DECODE: Final = "decode"
 
 
 class StepContext(NamedTuple):
-    """The context of an engine's step, pickled with each scheduler output. Without a trace id it is no trace."""
+    """The context of an engine's step, pickled with each scheduler output. Without a trace id it is never a trace.
+
+    `slow` are the span ids of steps before it that turned out to be slow: kept, though they were not `kept` at first.
+    """
 
     trace_id: bytes
     span_id: bytes
     number: int
     kind: str
+    kept: bool = True
+    slow: tuple[bytes, ...] = ()
+
+
+class _Running(NamedTuple):
+    """A step whose output is still to come."""
+
+    opened_ns: int
+    kind: tuple[str, int]
+    kept: bool
 
 
 class _Member:
@@ -67,6 +83,12 @@ class EngineSteps:
         self._requests: Any = getattr(scheduler, "requests", {})
         self._step_numbers = itertools.count(1)
         self._limiter: context.Limiter | None = None
+        self._slow_steps: SlowSteps | None = None
+        self._running: dict[bytes, _Running] = {}
+        """By span id, in the order of scheduling."""
+        self._updated_ns = 0
+        self._slow: list[bytes] = []
+        """What the workers are to be told with the next step."""
         for name, wrap in (
             ("add_request", self._around_add_request),
             ("schedule", self._around_schedule),
@@ -160,11 +182,19 @@ class EngineSteps:
                 prefills.append(prefill)
         kind = _MIXED if any_prefill and any_decode else _PREFILL if any_prefill else _DECODE
         ids = context.new_bytes(24)
+        kept = False
+        slow: tuple[bytes, ...] = ()
+        if total_tokens:
+            kept = self._kept(recorder, kind)
+            slow, self._slow = tuple(self._slow), []
+            self._run(ids[:8], _Running(opened_ns, (kind, total_tokens.bit_length()), kept))
         step = StepContext(
-            ids[8:] if total_tokens and self._kept(recorder, kind) else b"",
+            ids[8:] if total_tokens and recorder.settings.root_traces else b"",
             ids[:8],
             next(self._step_numbers) if total_tokens else 0,
             kind,
+            kept,
+            slow,
         )
         if total_tokens:
             setattr(output, STEP_ATTRIBUTE, tuple(step))
@@ -186,6 +216,7 @@ class EngineSteps:
                 self._numbers(getattr(output, "preempted_req_ids", None) or ()),
                 ended,
                 dropped,
+                kept,
             ),
             dropped,
         )
@@ -195,6 +226,9 @@ class EngineSteps:
         recorder = tracing.recorder(self._endpoint)
         if step is None or recorder is None:
             return
+        updated_ns = perf_counter_ns()
+        span_id = StepContext(*step).span_id
+        keep = self._judge(recorder, span_id, updated_ns)
         requests: list[int] = []
         new_tokens: list[int] = []
         finished: list[int] = []
@@ -211,13 +245,35 @@ class EngineSteps:
                     new_tokens.append(len(output.new_token_ids))
                     if output.finish_reason is not None:
                         finished.append(member.number)
-        recorder.send(frames.Updated(StepContext(*step).span_id, perf_counter_ns(), requests, new_tokens, finished))
+        recorder.send(frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep))
 
     def _kept(self, recorder: Recorder, kind: str) -> bool:
         """Whether a step of this kind is a trace: decided here, once, for all ranks and hosts."""
         if self._limiter is None:
             self._limiter = context.Limiter(recorder.settings.steps_per_second)
         return recorder.settings.root_traces and self._limiter.allow(kind)
+
+    def _run(self, span_id: bytes, running: _Running) -> None:
+        self._running[span_id] = running
+        if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
+            del self._running[next(iter(self._running))]
+
+    def _judge(self, recorder: Recorder, span_id: bytes, updated_ns: int) -> str:
+        """Why a step is kept now that its output is there; empty if it is not, or was from the start.
+
+        It is judged by what it added to the time before it: the step behind a slow one is not to blame.
+        """
+        running = self._running.pop(span_id, None)
+        if running is None or not recorder.settings.root_traces:
+            return ""
+        if self._slow_steps is None:
+            self._slow_steps = SlowSteps(recorder.settings.slow_step, recorder.drops)
+        added_ns = updated_ns - max(running.opened_ns, self._updated_ns)
+        self._updated_ns = updated_ns
+        if not self._slow_steps.judge(running.kind, added_ns, kept=running.kept):
+            return ""
+        self._slow.append(span_id)
+        return semconv.SLOW
 
     def _numbers(self, request_ids: Any) -> list[int]:
         members = [self._members.get(request_id) for request_id in request_ids]

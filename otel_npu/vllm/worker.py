@@ -16,6 +16,7 @@ from otel_npu.capture.stages import HostStage, Stage, new_stage
 from otel_npu.capture.steps import Rank, Step
 from otel_npu.vllm import stages, tracing
 from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
+from otel_npu.wire import frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,9 +57,10 @@ class WorkerSteps:
             self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
             return
         told = StepContext(*told)
-        kept = bool(told.trace_id)
-        ids = Ids(told.trace_id, new_bytes(8) if kept else b"", told.span_id)
-        step = Step(recorder, told.kind, (), dict(self.attributes) if kept else None, ids=ids, rank=self.rank)
+        if told.slow:  # this worker's relay may be another than the engine's
+            recorder.send(frames.Keep(semconv.SLOW, list(told.slow)))
+        ids = Ids(told.trace_id, new_bytes(8), told.span_id, told.kept)
+        step = Step(recorder, told.kind, (), dict(self.attributes), ids=ids, rank=self.rank)
         self._open(step)
         step.number = told.number  # the engine's, so that it is the same on every rank
 

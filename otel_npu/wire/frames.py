@@ -5,6 +5,7 @@ Times are nanoseconds: `*_ns` of the host's monotonic clock, `device_ns` of the 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
 # Checked by whoever decodes, at no cost to whoever sends: one value that OTLP can't hold fails a whole export.
@@ -44,6 +45,8 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     device_kind: str
     device_name: str
     device_resolution_ns: Nanoseconds
+    slow_step: float = math.inf
+    """How many times the usual a step of its own, one of no engine, takes at least to be kept for it."""
 
 
 class Stage(msgspec.Struct, array_like=True, frozen=True):
@@ -64,8 +67,9 @@ class Stage(msgspec.Struct, array_like=True, frozen=True):
 class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
     """A step that is done, with all its stages in the order in which they were entered.
 
-    Without ids it was not chosen to be a trace and only its times are of use. `parent_span_id` is there all the same
-    when the step belongs to an engine's step: it is what the two are joined by. `bare` marks a stage that ran in no
+    `kept` says whether it was chosen to be a trace when it began; one that was not has its ids all the same, because
+    it may turn out to be slow. Without a trace id it never becomes one. `parent_span_id` is there also when the step
+    belongs to an engine's step: it is what the two are joined by. `bare` marks a stage that ran in no
     step: it has no step span. `rank` is the worker's in its engine, -1 where there are no ranks; `returns_output`
     marks the rank whose output the engine waits for. `dropped` counts what the process left out since its last
     frame, by reason.
@@ -87,6 +91,7 @@ class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
     links: list[bytes]
     dropped: dict[str, Count]
     stages: list[Stage]
+    kept: bool = True
 
 
 class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
@@ -99,7 +104,11 @@ class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
 
 
 class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True):
-    """A stage that hangs: sent once, while it does."""
+    """A stage that hangs: sent once, while it does. Without a trace id it is only counted.
+
+    `parent_span_id` is what its span lies in, `span_id` the step, and `engine_span_id` the engine's step around that,
+    if there is one: both are kept as traces if they come to an end.
+    """
 
     trace_id: bytes
     parent_span_id: bytes
@@ -109,6 +118,9 @@ class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True)
     entered_ns: Nanoseconds
     now_ns: Nanoseconds
     device_index: Integer
+    rank: Rank = -1
+    span_id: bytes = b""
+    engine_span_id: bytes = b""
 
 
 class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
@@ -130,7 +142,7 @@ class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
 
 
 class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
-    """An engine has scheduled a step. Without a trace id it was not chosen to be a trace.
+    """An engine has scheduled a step. `kept` says whether it was chosen to be a trace; without a trace id it never is.
 
     `requests`, `tokens` and `prefills` go together: of each sampled request in the step its number, how many tokens
     were scheduled for it, and whether they are of its prompt. `total_tokens` and `total_requests` count the others
@@ -153,13 +165,15 @@ class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
     preempted: list[Count]
     ended: list[Count]
     dropped: dict[str, Count]
+    kept: bool = True
 
 
 class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
     """An engine has taken in the output of a step, named by its span id.
 
     `requests` and `new_tokens` go together: how many tokens the step gave each sampled request that has an output.
-    `finished` are those whose last output this was, as far as the engine knows.
+    `finished` are those whose last output this was, as far as the engine knows. `keep` says why the step is kept
+    after all, if it is.
     """
 
     span_id: bytes
@@ -167,6 +181,17 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
     requests: list[Count]
     new_tokens: list[Count]
     finished: list[Count]
+    keep: str = ""
+
+
+class Keep(msgspec.Struct, array_like=True, tag="keep", frozen=True):
+    """Steps of an engine that are kept after all, by their span ids, and why.
+
+    Its workers pass it on: their relay may be another than the engine's.
+    """
+
+    reason: str
+    span_ids: list[bytes]
 
 
 class RequestEnd(msgspec.Struct, array_like=True, tag="request_end", frozen=True):
@@ -196,7 +221,7 @@ class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     complete: bool
 
 
-Frame: TypeAlias = Hello | Step | Ping | Unfinished | Request | Scheduled | Updated | RequestEnd | Flush
+Frame: TypeAlias = Hello | Step | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Flush
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
@@ -236,8 +261,9 @@ def _check_ping(ping: Ping) -> None:
 
 
 def _check_unfinished(unfinished: Unfinished) -> None:
-    _check_id("trace id", unfinished.trace_id, 16, may_be_absent=False)
-    _check_id("parent span id", unfinished.parent_span_id, 8, may_be_absent=True)
+    _check_id("trace id", unfinished.trace_id, 16, may_be_absent=True)
+    for span_id in (unfinished.parent_span_id, unfinished.span_id, unfinished.engine_span_id):
+        _check_id("span id", span_id, 8, may_be_absent=True)
     if unfinished.now_ns < unfinished.entered_ns:
         raise ValueError("a stage that is entered in the future")
 
@@ -263,6 +289,11 @@ def _check_updated(updated: Updated) -> None:
         raise ValueError(f"{len(updated.requests)} requests with {len(updated.new_tokens)} counts of new tokens")
 
 
+def _check_keep(keep: Keep) -> None:
+    for span_id in keep.span_ids:
+        _check_id("span id", span_id, 8, may_be_absent=False)
+
+
 def _check_request_end(end: RequestEnd) -> None:
     _check_id("request key", end.key, 8, may_be_absent=False)
 
@@ -274,6 +305,7 @@ _CHECKS: Final[dict[type, Callable[[Any], None]]] = {
     Request: _check_request,
     Scheduled: _check_scheduled,
     Updated: _check_updated,
+    Keep: _check_keep,
     RequestEnd: _check_request_end,
 }
 

@@ -47,7 +47,7 @@ def ids(span: trace.Span) -> tuple[str, str]:
 
 def kept(steps: list[frames.Step]) -> list[str]:
     """The kinds of the steps that are traces."""
-    return [step.kind for step in steps if step.trace_id]
+    return [step.kind for step in steps if step.kept]
 
 
 class TestTheActiveSpan:

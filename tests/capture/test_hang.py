@@ -9,7 +9,7 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import context, hang, switch
-from otel_npu.capture.steps import Step
+from otel_npu.capture.steps import Rank, Step
 from otel_npu.devices.simulated import SimulatedEvent
 from otel_npu.wire import frames
 from tests.helpers.capturing import SECOND, Captured, Clock, Exported, capturing, chosen, simulated, wait_until
@@ -161,7 +161,7 @@ def test_never_means_never() -> None:
         assert captured.unfinished() == []
 
 
-def test_where_no_trace_may_begin_it_is_a_line_and_no_span(
+def test_where_no_trace_may_begin_it_is_a_line_and_counted_but_no_span(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """`OTEL_TRACES_SAMPLER=always_off`."""
@@ -175,17 +175,18 @@ def test_where_no_trace_may_begin_it_is_a_line_and_no_span(
         assert len(lines(caplog)) == 1
         captured.clock.ns += 2000 * SECOND
         captured.finish()
-        assert captured.unfinished() == []
+        (report,) = captured.unfinished()
+        assert (report.trace_id, report.span_id) == (b"", b"")
 
 
-def test_a_hanging_step_of_an_engine_that_is_no_trace_stays_the_engines(watched: Captured) -> None:
-    ids = context.Ids(b"", b"", b"E" * 8)
-    step = Step(watched.recorder, "decode", ids=ids).open()
+def test_a_hanging_step_of_an_engine_tells_which_it_is(watched: Captured) -> None:
+    ids = context.Ids(b"T" * 16, b"S" * 8, b"E" * 8, kept=False)
+    step = Step(watched.recorder, "decode", ids=ids, rank=Rank(1, returns_output=False)).open()
     watched.stage("forward", 1000 * SECOND)
     step.close()
     wait_until(watched.unfinished)
     (report,) = watched.unfinished()
-    assert report.trace_id
-    assert not report.parent_span_id
+    assert (report.trace_id, report.parent_span_id, report.rank) == (b"T" * 16, b"S" * 8, 1)
+    assert (report.span_id, report.engine_span_id) == (b"S" * 8, b"E" * 8)
     told = watched.step()
-    assert (told.trace_id, told.parent_span_id) == (b"", b"E" * 8)
+    assert (told.trace_id, told.parent_span_id) == (b"T" * 16, b"E" * 8)

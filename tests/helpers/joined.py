@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from otel_npu.drops import Drops
@@ -159,7 +160,7 @@ class Joined:
             **changes,
         }
         worker = self._workers.setdefault(rank, self.client(pid=10 + rank))
-        return worker.assembler.step(step(number, **fields), self.joiner.ran)
+        return worker.assembler.step(step(number, **fields), functools.partial(self.joiner.ran, worker))
 
     def update(self, number: int, gave: dict[int, int] | None = None, /, **changes: Any) -> None:
         """The output of a step is taken in: so many tokens for each of these requests."""

@@ -82,10 +82,11 @@ def test_a_step_is_a_span_with_its_stages_below() -> None:
         assert scope is not None
         assert (scope.name, scope.version, scope.schema_url) == ("otel_npu", __version__, semconv.SCHEMA_URL)
     assert attributes(worker) == {
+        "npu.timing": "device",
+        "npu.sampled.reason": "rate",
         "npu.step.number": 3,
         "npu.step.kind": "prefill",
         "npu.step.stages": 2,
-        "npu.timing": "device",
     }
 
 
@@ -176,7 +177,7 @@ def test_ids_do_not_repeat_over_20000_spans_although_the_program_seeds_its_rando
     spans, made = assembler(), []
     for _ in range(200):
         random.seed(0)
-        trace_id, own_id, _parent = context.new_root()
+        trace_id, own_id, _parent, _kept = context.new_root()
         frame = step(trace_id=trace_id, span_id=own_id, stages=[stage() for _ in range(99)])
         made += spans.step(frame)
     assert len({span_id(span) for span in made}) == len(made) == 20_000

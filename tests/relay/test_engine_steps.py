@@ -10,6 +10,8 @@ from opentelemetry.trace import SpanKind
 
 from otel_npu import semconv
 from otel_npu._version import __version__
+from otel_npu.relay import joiner
+from otel_npu.wire import frames
 from tests.helpers.built import step
 from tests.helpers.joined import MS, STEP_NS, Joined, attributes, host_stage, id_of, parent_id, span_id, times, trace_id
 
@@ -42,6 +44,7 @@ def test_an_engine_step_reaches_from_its_scheduling_to_the_taking_in_of_its_outp
         "npu.step.tokens": 9,
         "npu.step.ranks": 1,
         "npu.timing": "host",
+        "npu.sampled.reason": "rate",
     }
     assert span.instrumentation_scope is not None
     assert span.instrumentation_scope.version == __version__
@@ -283,3 +286,87 @@ def test_ids_are_those_that_the_engine_chose(joined: Joined) -> None:
     joined.update(77)
     span = joined.only("engine_step")
     assert (span_id(span), trace_id(span)) == (77, int.from_bytes(b"e" * 16, "big"))
+
+
+# Kept after the fact
+
+
+def reasons(joined: Joined) -> dict[str, list[str]]:
+    """By the spans' names."""
+    found: dict[str, list[str]] = {}
+    for span in joined.spans:
+        reason = attributes(span).get("npu.sampled.reason")
+        if reason is not None:
+            found.setdefault(span.name, []).append(reason)
+    return found
+
+
+def test_a_step_that_turned_out_slow_is_kept_with_all_its_ranks(joined: Joined) -> None:
+    joined.open(7)
+    joined.schedule(1, {7: 1}, ranks=3, kept=False)
+    assert joined.run(1, rank=0, kept=False) == []
+    assert joined.run(1, rank=1, kept=False) == []
+    joined.update(1, keep="slow")
+    late = joined.run(1, rank=2, kept=False)
+    assert attributes(late[-1])["npu.sampled.reason"] == "slow"
+    assert reasons(joined) == {"worker_step": ["slow", "slow"], "engine_step": ["slow"]}
+    assert {span.resource.attributes["process.pid"] for span in joined.named("worker_step")} == {10, 11}
+    assert [link.context.span_id for link in joined.only("engine_step").links] == [7]
+    assert len({trace_id(span) for span in [*joined.spans, *late]}) == 1
+
+
+def test_a_step_that_did_not_is_not(joined: Joined) -> None:
+    joined.schedule(1, kept=False)
+    assert joined.run(1, kept=False) == []
+    joined.update(1)
+    assert joined.spans == []
+    assert joined.is_empty()
+
+
+def test_a_worker_on_another_host_hears_of_it_with_a_later_step(joined: Joined) -> None:
+    assert joined.run(1, kept=False) == []
+    joined.joiner.take(joined.client(), frames.Keep("slow", [id_of(1), id_of(2)]))
+    assert reasons(joined) == {"worker_step": ["slow"]}
+    assert attributes(joined.run(2, kept=False)[-1])["npu.sampled.reason"] == "slow"
+    joined.pass_seconds(2)
+    assert joined.is_empty()
+
+
+def test_there_a_step_is_held_for_two_seconds(joined: Joined) -> None:
+    joined.run(1, kept=False)
+    joined.pass_seconds(1.9)
+    joined.run(2, kept=False)
+    joined.pass_seconds(0.2)
+    joined.joiner.take(joined.client(), frames.Keep("slow", [id_of(1), id_of(2)]))
+    assert [attributes(span)["npu.step.number"] for span in joined.named("worker_step")] == [2]
+
+
+def test_there_steps_are_held_in_bounded_memory_and_the_others_counted(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joiner, "HELD_STAGES", 30)  # of 3 a step
+    for number in range(1, 15):
+        joined.run(number, kept=False)
+    joined.schedule(13)  # what its engine tells of is not held for this
+    joined.run(15, kept=False)
+    assert len(joined.joiner._steps) == 11
+    assert joined.drops.take_unsent() == {"too_many_held": 4}
+    joined.joiner.take(joined.client(), frames.Keep("slow", [id_of(number) for number in range(1, 16)]))
+    assert len(joined.named("worker_step")) == 11
+
+
+def test_a_rank_with_an_error_keeps_the_step_on_every_rank(joined: Joined) -> None:
+    joined.schedule(1, ranks=2, kept=False)
+    joined.run(1, rank=0, kept=False)
+    spans = joined.run(1, rank=1, kept=False, error="RuntimeError")
+    assert attributes(spans[-1])["npu.sampled.reason"] == "error"
+    joined.update(1)
+    assert reasons(joined) == {"worker_step": ["error"], "engine_step": ["error"]}
+
+
+def test_a_step_that_hung_is_kept(joined: Joined) -> None:
+    joined.schedule(1, kept=False)
+    joined.joiner.keep(id_of(1), "hang")
+    assert attributes(joined.run(1, kept=False)[-1])["npu.sampled.reason"] == "hang"
+    joined.update(1)
+    assert reasons(joined) == {"engine_step": ["hang"]}

@@ -165,7 +165,7 @@ BAD_FRAMES: dict[str, bytes | msgspec.Struct] = {
     "such an attribute in a list": step(7, stages=[stage(attributes={"tokens": [1, (1 << 64) - 1]})]),
     "an attribute of bytes": step(7, attributes={"tokens": b"\xff"}),
     "an attribute of nothing": step(7, attributes={"tokens": None}),
-    "a hang without a trace": unfinished(trace_id=b""),
+    "a hang in half a trace": unfinished(trace_id=b"t"),
     "a hang in the future": unfinished(now_ns=1),
     "a ping from the future": frames.Ping(0, 5000, 2000, 1000),
     "a request without a parent": request(7, parent_span_id=b""),

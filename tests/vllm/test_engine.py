@@ -109,7 +109,14 @@ def test_a_step_tells_whom_it_serves_and_counts_the_others(captured: Captured, s
     assert (scheduled.requests, scheduled.tokens, scheduled.prefills) == ([1, 2], [4, 2], [True, True])
     assert (scheduled.total_tokens, scheduled.total_requests, scheduled.ranks) == (9, 3, 2)
     assert scheduled.opened_ns <= scheduled.scheduled_ns
-    assert getattr(output, engine.STEP_ATTRIBUTE) == (scheduled.trace_id, scheduled.span_id, 1, "prefill")
+    assert getattr(output, engine.STEP_ATTRIBUTE) == (
+        scheduled.trace_id,
+        scheduled.span_id,
+        1,
+        "prefill",
+        True,
+        (),
+    )
     (updated,) = told(captured, frames.Updated)
     assert (updated.span_id, updated.requests, updated.new_tokens, updated.finished) == (
         scheduled.span_id,
@@ -165,17 +172,17 @@ def test_a_preempted_request_is_told(captured: Captured, scheduler: Scheduler) -
     assert [step.preempted for step in told(captured, frames.Scheduled)] == [[], [2]]
 
 
-def test_step_traces_are_kept_at_the_rate_that_was_chosen_and_the_others_are_told_without_a_trace() -> None:
+def test_step_traces_are_kept_at_the_rate_that_was_chosen_and_the_others_have_their_ids_all_the_same() -> None:
     with capturing(steps_per_second=1) as captured:
         scheduler = Scheduler()
         engine.EngineSteps(scheduler, CONFIG)
         scheduler.add_request(request("a"))
         for _ in range(5):
             scheduler.schedule({"a": 4})
-        kept = [bool(step.trace_id) for step in told(captured, frames.Scheduled)]
+        kept = [step.kept for step in told(captured, frames.Scheduled)]
         assert kept[0]
         assert not all(kept)
-        assert all(step.span_id for step in told(captured, frames.Scheduled))
+        assert all(step.trace_id and step.span_id for step in told(captured, frames.Scheduled))
 
 
 def test_without_root_traces_no_step_is_a_trace() -> None:
@@ -251,3 +258,100 @@ def test_a_scheduler_without_one_of_the_methods_is_one_warning(
     engine.EngineSteps(Other(), CONFIG)
     (record,) = caplog.records
     assert "update_from_output" in record.getMessage()
+
+
+class Run:
+    """A scheduler that runs one step after the other, on a clock of the test's own."""
+
+    def __init__(self, captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured, self.scheduler = captured, scheduler
+        self.ns = 0
+        monkeypatch.setattr(engine, "perf_counter_ns", lambda: self.ns)
+        scheduler.add_request(request("a"))
+
+    def schedule(self, tokens: int = 1) -> Any:
+        return self.scheduler.schedule({"a": tokens})
+
+    def update(self, output: Any, after_ms: int) -> None:
+        self.ns += after_ms * 1_000_000
+        self.scheduler.update_from_output(output, {"a": (1, None)})
+
+    def steps(self, count: int, ms: int = 10, tokens: int = 1) -> None:
+        for _ in range(count):
+            self.update(self.schedule(tokens), ms)
+
+    def reasons(self) -> list[str]:
+        return [updated.keep for updated in told(self.captured, frames.Updated)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    with capturing(steps_per_second=0) as captured:
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        yield Run(captured, scheduler, monkeypatch)
+
+
+def test_a_slow_step_is_told_with_its_output_and_the_workers_with_the_next(run: Run) -> None:
+    run.steps(20)
+    slow = run.schedule()
+    run.update(slow, 31)
+    after = run.schedule()
+    run.update(after, 10)
+    last = run.schedule()
+    assert run.reasons() == [""] * 20 + ["slow", ""]
+    slow_id = getattr(slow, engine.STEP_ATTRIBUTE)[1]
+    assert getattr(after, engine.STEP_ATTRIBUTE)[5] == (slow_id,)
+    assert getattr(last, engine.STEP_ATTRIBUTE)[5] == ()
+
+
+def test_the_step_behind_a_slow_one_is_not_to_blame(run: Run) -> None:
+    run.steps(20)
+    slow = run.schedule()
+    behind = run.schedule()
+    run.update(slow, 40)
+    run.update(behind, 10)
+    assert run.reasons() == [""] * 20 + ["slow", ""]
+
+
+def test_a_pause_between_steps_is_not_the_next_ones(run: Run) -> None:
+    run.steps(20)
+    run.ns += 10**12
+    run.steps(1)
+    assert run.reasons() == [""] * 21
+
+
+def test_steps_are_compared_with_those_of_their_size(run: Run) -> None:
+    run.steps(20, ms=10, tokens=1)
+    run.steps(20, ms=100, tokens=512)
+    run.steps(1, ms=100, tokens=1)
+    run.steps(1, ms=10, tokens=1)
+    assert run.reasons() == [""] * 40 + ["slow", ""]
+
+
+def test_with_slow_steps_off_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with capturing(steps_per_second=0, slow_step=float("inf")) as captured:
+        scheduler = Scheduler()
+        engine.EngineSteps(scheduler, CONFIG)
+        run = Run(captured, scheduler, monkeypatch)
+        run.steps(20)
+        run.steps(1, ms=1000)
+        assert run.reasons() == [""] * 21
+
+
+def test_a_step_that_was_chosen_is_not_kept_twice(
+    captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(captured, scheduler, monkeypatch)  # every step is chosen
+    run.steps(20)
+    run.steps(1, ms=1000)
+    assert run.reasons() == [""] * 21
+
+
+def test_steps_without_an_output_are_forgotten(captured: Captured) -> None:
+    scheduler = Scheduler()
+    steps = engine.EngineSteps(scheduler, CONFIG)
+    scheduler.add_request(request("a"))
+    for _ in range(1000):
+        scheduler.schedule({"a": 1})
+    assert len(steps._running) == 64

@@ -15,12 +15,12 @@ from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.vllm import worker as hooks
 from otel_npu.vllm.engine import STEP_ATTRIBUTE
+from otel_npu.wire import frames
 from tests.helpers.capturing import capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from otel_npu.wire import frames
     from tests.helpers.capturing import Captured
 
 TRACE, ENGINE_STEP = b"T" * 16, b"E" * 8
@@ -111,7 +111,7 @@ def test_a_step_that_is_no_trace_is_still_told_with_its_engines_step(captured: C
     worker = Worker()
     worker.execute_model(output(trace_id=b"", result="output"))
     step = captured.step()
-    assert (step.trace_id, step.span_id, step.parent_span_id) == (b"", b"", ENGINE_STEP)
+    assert (step.trace_id, step.parent_span_id) == (b"", ENGINE_STEP)
     assert names(step) == ["forward"]
 
 
@@ -432,3 +432,13 @@ def test_the_forward_of_model_runner_v2_is_what_runs_in_its_forward_context(capt
     worker.executing = run
     worker.execute_model(output(result="output"))
     assert names(captured.step()) == ["forward"]
+
+
+def test_a_worker_passes_on_which_steps_were_slow(captured: Captured) -> None:
+    made = output(result="output")
+    setattr(made, STEP_ATTRIBUTE, (TRACE, ENGINE_STEP, 7, "decode", False, (b"12345678",)))
+    Worker().execute_model(made)
+    step = captured.step()
+    assert (step.trace_id, step.kept) == (TRACE, False)
+    assert len(step.span_id) == 8
+    assert [frame for frame in captured.sent if isinstance(frame, frames.Keep)] == [frames.Keep("slow", [b"12345678"])]

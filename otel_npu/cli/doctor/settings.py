@@ -26,6 +26,7 @@ _OURS: Final = (
     settings.EXPORT,
     settings.REQUEST_SPANS,
     settings.STEPS_PER_SECOND,
+    settings.SLOW_STEP,
     settings.HANG_SECONDS,
     settings.LOG_STAGES,
 )
