@@ -24,7 +24,7 @@ class Program:
     def __init__(self, factor: float = 3) -> None:
         self.drops = Drops()
         wall = WallClock(monotonic=lambda: 0, unix=lambda: 0)
-        self.assembler = Assembler(hello(), wall, span_limits(), SlowSteps(factor, self.drops))
+        self.assembler = Assembler(hello(device_kind="cpu"), wall, span_limits(), SlowSteps(factor, self.drops))
         self.at_ns = 0
         self.number = 0
 
