@@ -8,14 +8,13 @@ import typer
 
 from otel_npu._version import __version__
 
-_DEFAULT_STEPS: Final = 360  # about five seconds
-_MIN_STEPS: Final = 3  # a prefill, a decode and the slow one
-_MAX_STEPS: Final = 10_000  # more is what --forever is for
+_DEFAULT_REQUESTS: Final = 30  # about five seconds
+_MIN_REQUESTS: Final = 3  # a slow one, one whose client goes away, and one as all the others
+_MAX_REQUESTS: Final = 10_000  # more is what --forever is for
 
 app: Final = typer.Typer(
     help="OpenTelemetry spans with device-measured durations for LLM inference on Ascend NPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -39,30 +38,30 @@ def _options(
 @app.command()
 def demo(
     *,
-    steps: Annotated[
+    requests: Annotated[
         int | None,
         typer.Option(
-            min=_MIN_STEPS,
-            max=_MAX_STEPS,
-            help="How many inference steps to run.",
-            show_default=f"{_DEFAULT_STEPS}, about 5 s",
+            min=_MIN_REQUESTS,
+            max=_MAX_REQUESTS,
+            help="How many requests to serve.",
+            show_default=f"{_DEFAULT_REQUESTS}, about 5 s",
         ),
     ] = None,
     forever: Annotated[
         bool, typer.Option("--forever", help="Run until Ctrl-C or SIGTERM, as a source of spans; draws nothing.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same stage times.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same requests.")] = 1,
 ) -> None:
-    """Trace an inference loop on a simulated NPU and draw what arrives over OTLP.
+    """Serve requests on a simulated NPU, trace them, and draw the slowest from what arrives over OTLP.
 
     The spans also go to your OTLP endpoint if OTEL_EXPORTER_OTLP_ENDPOINT is set. Needs no NPU and no torch.
     """
     from otel_npu.cli.demo.command import run, run_forever
 
     if not forever:
-        raise typer.Exit(run(steps or _DEFAULT_STEPS, seed))
-    if steps is not None:
-        raise typer.BadParameter("not together with --forever", param_hint="'--steps'")
+        raise typer.Exit(run(requests or _DEFAULT_REQUESTS, seed))
+    if requests is not None:
+        raise typer.BadParameter("not together with --forever", param_hint="'--requests'")
     raise typer.Exit(run_forever(seed))
 
 

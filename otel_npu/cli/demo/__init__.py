@@ -1,1 +1,1 @@
-"""`otel-npu demo`: an inference loop on a simulated NPU, traced by the product and drawn from what arrives."""
+"""`otel-npu demo`: a server on a simulated NPU, traced by the product and drawn from what arrives."""

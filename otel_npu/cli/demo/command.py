@@ -1,11 +1,12 @@
-"""Runs the demo: traces the loop, waits for its spans to come back, draws them, says where they went."""
+"""Runs the demo: serves its requests, waits for their spans to come back, draws the slowest, says how to find it."""
 
 from __future__ import annotations
 
 import itertools
-import math
+import logging
 import signal
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -16,24 +17,29 @@ import otel_npu
 from otel_npu.capture import switch
 from otel_npu.cli.demo import picture
 from otel_npu.cli.demo.destination import Destination, name_service, say
-from otel_npu.cli.demo.loop import InferenceLoop
-from otel_npu.cli.demo.receiver import Receiver
+from otel_npu.cli.demo.engine import Engine
+from otel_npu.cli.demo.front_end import FrontEnd
+from otel_npu.cli.demo.receiver import Receiver, exporter_to
 from otel_npu.cli.demo.relay import DemoRelay
-from otel_npu.cli.demo.steps import slowest, traced_steps, typical
+from otel_npu.cli.demo.traces import Traces, slowest
+from otel_npu.cli.demo.workload import Arrivals, requests
 from otel_npu.devices.simulated import SimulatedNpu
+from otel_npu.relay.export import exporters_from_environment
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
-    from otel_npu.cli.demo.steps import TracedStep
+    from collections.abc import Callable
 
-_FIRST_ANSWER_SECONDS: Final = 5.0
-_LAST_ANSWER_SECONDS: Final = 15.0
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_LOOK_SECONDS: Final = 3.0
+_PATIENCE_SECONDS: Final = 60.0  # a relay has to start, perhaps on a machine with better things to do
 _GOODBYE_SECONDS: Final = 2.0
-_SLOW_STEP_EVERY: Final = 500  # when it runs forever
+_REQUESTS_IN_A_ROUND: Final = 50  # when it runs forever: one of them is slow, and of one the client goes away
 
 
-def run(steps: int, seed: int) -> int:
-    """Trace so many steps and draw what came back; returns the exit code."""
+def run(count: int, seed: int) -> int:
+    """Serve so many requests and draw what came back; returns the exit code."""
     console = Console(highlight=False)
     if _disabled(console):
         return 1
@@ -41,9 +47,10 @@ def run(steps: int, seed: int) -> int:
     service = name_service()
     try:
         with Receiver() as receiver, DemoRelay(receiver.url, standard=destination.given) as relay:
-            switch.enable_on(npu := SimulatedNpu(), Settings(device="simulated", steps_per_second=math.inf))
+            switch.enable_on(npu := SimulatedNpu(), Settings(device="simulated"))
+            front_end = FrontEnd([exporter_to(receiver.url), *_standard_exporters(destination)])
             try:
-                complete = _trace(InferenceLoop(npu, seed, steps), steps, destination, console)
+                complete = _serve(npu, front_end, count, seed, relay, console)
                 if not complete:
                     destination.explain_failure(console, relay.last_words())
             finally:
@@ -51,21 +58,23 @@ def run(steps: int, seed: int) -> int:
             if not complete:
                 relay.kill()
                 return 1
-            spans = receiver.spans
+            front_end.close()
+            traces = Traces(receiver.spans)
+            spans = len(receiver.spans)
     except OSError as error:
         say(console, f"The demo's relay can't run: {error}", "red")
         return 1
-    arrived = traced_steps(spans)
-    _draw(arrived, console)
-    if len(arrived) != steps:
-        say(console, f"Only {len(arrived):,} of {steps:,} steps came back.", "red")
+    whole = len(traces.requests) - len(traces.lacking())
+    _draw(traces, console)
+    if whole != count:
+        say(console, f"Only {whole:,} of {count:,} requests came back whole.", "red")
         return 1
-    destination.explain_success(console, len(spans), service)
+    destination.explain_success(console, spans, service, traces)
     return 0
 
 
 def run_forever(seed: int) -> int:
-    """Trace steps until SIGINT or SIGTERM, as any program would; returns the exit code."""
+    """Serve requests until SIGINT or SIGTERM, as any server would; returns the exit code."""
     console = Console(highlight=False)
     if _disabled(console):
         return 1
@@ -81,19 +90,21 @@ def run_forever(seed: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     switch.enable_on(npu := SimulatedNpu(), settings)
-    loop = InferenceLoop(npu, seed, _SLOW_STEP_EVERY)
-    say(console, f"Tracing a simulated NPU until Ctrl-C. Spans go to {destination} as service {service!r}.")
-    columns = (SpinnerColumn(style="cyan"), TextColumn("{task.completed:,} steps"), TimeElapsedColumn())
+    front_end = FrontEnd(_standard_exporters(destination, always=True))
+    say(console, f"Serving requests on a simulated NPU until Ctrl-C. Spans go to {destination} as service {service!r}.")
+    columns = (SpinnerColumn(style="cyan"), TextColumn("{task.completed:,} requests"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        for done in itertools.count(1):
-            loop.run_step()
-            progress.update(task, completed=done)
-            if stop.is_set():
-                break
+        engine = _engine(npu, front_end, seed)
+        coming = requests(seed, _REQUESTS_IN_A_ROUND, forever=True)
+        arrivals = Arrivals(itertools.takewhile(lambda _: not stop.is_set(), coming))
+        while not (arrivals.over and engine.idle):
+            _step(engine, arrivals)
+            progress.update(task, completed=front_end.count)
     taken = otel_npu.flush(_GOODBYE_SECONDS)
     otel_npu.disable()
-    say(console, f"Ended after {done:,} steps.")
+    front_end.close()
+    say(console, f"Ended after {front_end.count:,} requests.")
     if not taken:
         say(console, f"Some spans could not be sent to {destination}.", "red")
     return 0
@@ -107,41 +118,69 @@ def _disabled(console: Console) -> bool:
     return disabled
 
 
-def _trace(loop: InferenceLoop, steps: int, destination: Destination, console: Console) -> bool:
-    """Run the loop; whether every span was exported."""
+def _standard_exporters(destination: Destination, *, always: bool = False) -> list[SpanExporter]:
+    """Where the front end's own spans go; of a bad variable the relay, which has the same, says what is wrong."""
+    # Their complaints would stand beside the relay's, about the same receiver.
+    logging.getLogger("opentelemetry").addHandler(logging.NullHandler())
+    logging.getLogger("opentelemetry").propagate = False
+    try:
+        return exporters_from_environment() if destination.given or always else []
+    except Exception:
+        return []
+
+
+def _engine(npu: SimulatedNpu, front_end: FrontEnd, seed: int) -> Engine:
+    recorder = switch.current_recorder()
+    assert recorder is not None
+    return Engine(npu, recorder, seed, front_end.ended)
+
+
+def _step(engine: Engine, arrivals: Arrivals) -> None:
+    for request in arrivals.after_step(idle=engine.idle):
+        engine.add(request)
+    if not engine.idle:
+        engine.run_step()
+
+
+def _serve(npu: SimulatedNpu, front_end: FrontEnd, count: int, seed: int, relay: DemoRelay, console: Console) -> bool:
+    """Serve all requests; whether every span was exported."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
         TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
     )
+    engine, arrivals = _engine(npu, front_end, seed), Arrivals(requests(seed, count))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(
-            f"First step to {destination}" if destination.given else "Starting the relay", total=None, count=""
-        )
+        task = progress.add_task("Starting the relay", total=None, count="")
         # A receiver that doesn't answer is noticed now, not after the whole run.
-        loop.run_step()
-        if not otel_npu.flush(_FIRST_ANSWER_SECONDS):
+        with otel_npu.stage("warm_up"):
+            pass
+        if not _arrived(relay):
             return False
-        progress.update(task, description="Inference on a simulated NPU", total=steps)
-        for done in range(1, steps + 1):
-            if done > 1:
-                loop.run_step()
-            progress.update(task, completed=done, count=f"{done:,}/{steps:,} steps")
-        return otel_npu.flush(_LAST_ANSWER_SECONDS)
+        progress.update(task, description="Serving requests on a simulated NPU", total=count)
+        while not (arrivals.over and engine.idle):
+            _step(engine, arrivals)
+            progress.update(task, completed=front_end.count, count=f"{front_end.count:,}/{count:,} requests")
+        front_end.flush(_PATIENCE_SECONDS)
+        return _arrived(relay)
 
 
-def _draw(steps: list[TracedStep], console: Console) -> None:
-    outlier = slowest(steps)
-    if outlier is None:
+def _arrived(relay: DemoRelay, now: Callable[[], float] = time.monotonic) -> bool:
+    """Whether what was captured so far is exported: waited for as long as nothing says that it won't be."""
+    deadline = now() + _PATIENCE_SECONDS
+    while not otel_npu.flush(_LOOK_SECONDS):
+        if relay.ended or relay.last_words() or now() > deadline:
+            return False
+    return True
+
+
+def _draw(traces: Traces, console: Console) -> None:
+    slow = slowest(traces)
+    if slow is None:
         return
-    shown = {step.number: step for step in (typical(steps, "prefill"), typical(steps, "decode"), outlier.step) if step}
-    width = min(console.width, picture.WIDTH)
     unicode = console.encoding.lower().startswith("utf")
-    console.print()
-    for line in picture.waterfall(list(shown.values()), outlier, width, unicode=unicode):
+    for line in picture.waterfall(traces, slow, min(console.width, picture.WIDTH), unicode=unicode):
         console.print(line, no_wrap=True, overflow="crop", crop=True)
-    say(console, picture.explain(outlier))
     console.print()
-    console.print(picture.stage_table(steps, width))
-    console.print()
+    say(console, picture.explain(slow))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from otel_npu.cli.demo.traces import Traces
+
 _DEFAULT_ENDPOINTS: Final = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 _SERVICE: Final = "otel-npu-demo"
 _JAEGER: Final = "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.20.0"
@@ -65,21 +67,22 @@ class Destination:
         endpoint = _without_credentials(self.endpoint) or _DEFAULT_ENDPOINTS.get(self.protocol, "OTLP's default")
         return f"{endpoint} ({self.protocol})"
 
-    def explain_success(self, console: Console, spans: int, service: str) -> None:
-        """Say where the spans went, and how to see them."""
+    def explain_success(self, console: Console, spans: int, service: str, traces: Traces) -> None:
+        """Say where the spans went, and what to search for."""
+        what = f"All {spans:,} spans of {len(traces.requests):,} requests and {traces.steps:,} steps"
         if self.given:
-            say(console, f"All {spans:,} spans went to {self} as service {service!r}.")
-            say(console, "The picture is drawn from a second copy that the relay sent to this command.")
-            return
+            say(console, f"{what} went to {self} as service {service!r}.")
+        else:
+            say(console, f"{what} came here over OTLP and went nowhere else. In Jaeger, {_JAEGER_PAGE}:")
+            _command(console, _JAEGER)
+            # As it was called, where it can't be called by its name: `make demo` has it in an environment of its own.
+            program = "otel-npu" if shutil.which("otel-npu") else os.path.relpath(sys.argv[0])
+            _command(console, f"{_JAEGER_ENDPOINT} {program} demo")
         say(
             console,
-            f"All {spans:,} spans came to this command over OTLP and went nowhere else. To see them in Jaeger:",
+            f"Search there: service {service}, operation decode_step, Min Duration 100ms: the requests that the slow "
+            "step served. Operation decode, tag npu.request.finish_reason=abort: one whose client went away.",
         )
-        _command(console, _JAEGER)
-        # As it was called, where it can't be called by its name: `make demo` has it in an environment of its own.
-        program = "otel-npu" if shutil.which("otel-npu") else sys.argv[0]
-        _command(console, f"{_JAEGER_ENDPOINT} {program} demo")
-        say(console, f"and open {_JAEGER_PAGE}, service {service!r}.")
 
     def explain_failure(self, console: Console, reason: str) -> None:
         """Say that the spans were not taken, and why, as far as the exporter knows."""

@@ -1,136 +1,112 @@
-"""Draws steps as a waterfall and their stages as a table, in whatever terminal there is."""
+"""Draws a request's trace as a waterfall, in whatever terminal there is."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Final
 
-from rich import box
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from otel_npu.cli.demo.steps import percentile, stage_times
+from otel_npu import semconv
+from otel_npu.cli.demo.front_end import LLM_REQUEST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from otel_npu.cli.demo.steps import Outlier, StageSpan, TracedStep
+    from otel_npu.cli.demo.receiver import Span
+    from otel_npu.cli.demo.traces import Slow, Traces
 
 WIDTH: Final = 96
 _MARGIN: Final = 2
 _NUMBER_WIDTH: Final = 9
 _MIN_BARS: Final = 12
 _TICK_COLUMNS: Final = 12  # at least, between two ticks of the axis
+_LEAST_SHARE: Final = 0.05  # of the request: what is shorter has no row, for the picture is to fit in 24 of them
 
-# By whether a stage is an outer one, the glyphs of its bar: a whole cell, its left half, its right half. Stages inside
-# others are drawn half as high.
+# A bar's whole cell, its left half, its right half; phases are drawn whole, what is in them half as high.
 _BLOCKS: Final = {True: ("█", "▌", "▐"), False: ("▄", "▖", "▗")}
 _PLAIN: Final = {True: ("=", "=", "="), False: ("-", "-", "-")}
 
-_OUTER_STYLE, _INNER_STYLE, _SLOW_STYLE = "cyan", "blue", "yellow"
+_REQUEST_STYLE, _PHASE_STYLE, _INNER_STYLE, _SLOW_STYLE = "magenta", "cyan", "blue", "yellow"
 _QUIET: Final = "bright_black"
+_PHASES: Final = (semconv.QUEUE, semconv.PREFILL, semconv.DECODE)
+_STEPS: Final = (semconv.PREFILL_STEP, semconv.DECODE_STEP, semconv.OTHER_STEPS)
 
 
-def waterfall(
-    steps: Sequence[TracedStep], outlier: Outlier | None, width: int, *, unicode: bool = True
-) -> Iterator[Text]:
-    """The lines of a picture of some steps, all to one scale, each from its own start.
+def waterfall(traces: Traces, slow: Slow, width: int, *, unicode: bool = True) -> Iterator[Text]:
+    """The lines of a picture of the slowest request: its phases, their steps, and the stages of the slow step.
 
     Args:
-        steps: What to draw.
-        outlier: Which of them is the slow one; what made it slow stands out.
+        traces: What arrived.
+        slow: Which request, and what made it slow: that stands out.
         width: Columns to draw in. Where there is no room for bars the numbers stay.
         unicode: Whether block characters can be shown.
     """
-    labels = max(len(_label(stage.path)) for step in steps for stage in step.stages)
+    rows = list(_rows(traces, slow))
+    labels = max(len(_label(depth, span)) for depth, span in rows)
     columns = width - 2 * _MARGIN - labels - 1 - _NUMBER_WIDTH
     if columns < _MIN_BARS:
         columns = 0
-    span_ms = max(step.ms for step in steps)
-    indent = " " * (_MARGIN + labels + 1)
+    request = slow.request
     if columns:
-        yield Text(indent + _axis(span_ms, columns) + "ms".rjust(_NUMBER_WIDTH), _QUIET)
-    slow = {id(stage.span) for stage, _ in outlier.stages} if outlier else set()
-    for step in steps:
-        room = len(indent) + columns
-        title = f"{' ' * _MARGIN}{_title(step)}"[:room].ljust(room)
-        yield Text(f"{title}{step.ms:{_NUMBER_WIDTH}.2f}", "bold")
-        for stage in step.stages:
-            yield _line(stage, step, labels, columns, span_ms, slow=id(stage.span) in slow, unicode=unicode)
-        yield Text()
+        yield Text(" " * (_MARGIN + labels + 1) + _axis(request.ms, columns) + "ms".rjust(_NUMBER_WIDTH), _QUIET)
+    marked = {span.span_id for span in (slow.step, *slow.stages)}
+    for depth, span in rows:
+        is_slow = span.span_id in marked
+        style = _style(span, is_slow=is_slow)
+        glyphs = (_BLOCKS if unicode else _PLAIN)[span.name in (LLM_REQUEST, *_PHASES)]
+        start_ms = (span.start_ns - request.start_ns) * 1e-6
+        yield Text.assemble(
+            " " * _MARGIN,
+            (_label(depth, span).ljust(labels + 1), style if is_slow else ""),
+            (_bar(start_ms / request.ms, span.ms / request.ms, columns, glyphs), style),
+            (f"{span.ms:.2f}".rjust(_NUMBER_WIDTH), style if is_slow else ""),
+        )
 
 
-def explain(outlier: Outlier) -> Text:
-    """In words, where the slow step spent its time."""
-    step = outlier.step
-    if not outlier.stages:
-        return Text(f"The slowest step is number {step.number}, a {step.kind}; no single stage made it so.")
-    (stage, usual), *inner = outlier.stages
-    text = Text.assemble(
-        f"Step {step.number}, a {step.kind}, was slow in ",
-        (stage.path[-1], _SLOW_STYLE),
-        f": {stage.ms:.1f} ms where {usual:.1f} ms is usual, {stage.ms / usual:.1f} times as long",
-    )
-    for within, usual_ms in inner:
-        text.append(f"; {within.ms:.1f} ms of that in ")
-        text.append(within.path[-1], _SLOW_STYLE)
-        text.append(f", usually {usual_ms:.1f} ms")
-    return text.append(".")
-
-
-def stage_table(steps: Sequence[TracedStep], width: int) -> Padding:
-    """Count, mean, p50 and p99 of each stage, by kind of step; in a narrow place only the last of these."""
-    labels = max(len(_label(stage.path)) for step in steps for stage in step.stages)
-    figures = max(1, min(4, (width - _MARGIN - labels) // (_NUMBER_WIDTH + 1)))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style=_QUIET, padding=(0, 1))
-    table.add_column("stage", no_wrap=True)
-    for heading in ("count", "mean ms", "p50 ms", "p99 ms")[-figures:]:
-        table.add_column(heading, justify="right", min_width=_NUMBER_WIDTH - 1, no_wrap=True)
-    for kind, stages in stage_times(steps).items():
-        whole = [step.ms for step in steps if step.kind == kind]
-        table.add_row(kind, *_figures(whole)[-figures:], style="bold")
-        for path, times in stages.items():
-            table.add_row(_label(path), *_figures(times)[-figures:])
-    return Padding(table, (0, 0, 0, _MARGIN), expand=False)
-
-
-def _figures(times: Sequence[float]) -> list[str]:
-    figures = (sum(times) / len(times), percentile(times, 0.5), percentile(times, 0.99))
-    return [f"{len(times):,}", *(f"{figure:.2f}" for figure in figures)]
-
-
-def _title(step: TracedStep) -> str:
-    own = step.span.attributes
-    work = f"{own['tokens']:,} tokens" if "tokens" in own else f"{own.get('sequences', '?')} sequences"
-    return f"step {step.number}  {step.kind}, {work}"
-
-
-def _label(path: tuple[str, ...]) -> str:
-    return "  " * len(path) + path[-1]
-
-
-def _line(
-    stage: StageSpan,
-    step: TracedStep,
-    labels: int,
-    columns: int,
-    span_ms: float,
-    *,
-    slow: bool,
-    unicode: bool,
-) -> Text:
-    outer = len(stage.path) == 1
-    style = _SLOW_STYLE if slow else _OUTER_STYLE if outer else _INNER_STYLE
-    glyphs = (_BLOCKS if unicode else _PLAIN)[outer]
-    start_ms = (stage.span.start_ns - step.span.start_ns) * 1e-6
-    bar = _bar(start_ms / span_ms, stage.ms / span_ms, columns, glyphs)
+def explain(slow: Slow) -> Text:
+    """In words, what vLLM's own span says of the request, and what ours do."""
+    request, step, stage = slow.request, slow.step, slow.stages[-1]
     return Text.assemble(
-        " " * _MARGIN,
-        (_label(stage.path).ljust(labels + 1), "" if outer else _QUIET),
-        (bar, style),
-        (f"{stage.ms:.2f}".rjust(_NUMBER_WIDTH), style if slow else "" if outer else _QUIET),
+        f"Request {request.attributes[semconv.RESPONSE_ID]} took {request.ms:.0f} ms. ",
+        (LLM_REQUEST, _REQUEST_STYLE),
+        f", vLLM's own span, says only that; what is below says where: one decode step took {step.ms:.0f} ms "
+        f"({slow.usual_ms:.0f} is usual), ",
+        (f"{stage.ms:.0f} of them {stage.name}", _SLOW_STYLE),
+        " on the NPU.",
     )
+
+
+def _rows(traces: Traces, slow: Slow) -> Iterator[tuple[int, Span]]:
+    yield 0, slow.request
+    least_ms = slow.request.ms * _LEAST_SHARE
+    for phase in traces.children(slow.request):
+        yield 1, phase
+        for step in traces.children(phase):
+            if step.ms >= least_ms and step.name in _STEPS:
+                yield 2, step
+            if step is slow.step:
+                yield from _stages(traces, step, 3, least_ms)
+
+
+def _stages(traces: Traces, around: Span, depth: int, least_ms: float) -> Iterator[tuple[int, Span]]:
+    for stage in traces.children(around):
+        if stage.ms >= least_ms:
+            yield depth, stage
+            yield from _stages(traces, stage, depth + 1, least_ms)
+
+
+def _label(depth: int, span: Span) -> str:
+    steps = span.attributes[semconv.REQUEST_STEPS] if span.name == semconv.OTHER_STEPS else None
+    return "  " * depth + (span.name if steps is None else f"{span.name}, {steps}")
+
+
+def _style(span: Span, *, is_slow: bool) -> str:
+    if is_slow:
+        return _SLOW_STYLE
+    if span.name == LLM_REQUEST:
+        return _REQUEST_STYLE
+    return _PHASE_STYLE if span.name in _PHASES else _INNER_STYLE
 
 
 def _bar(start: float, length: float, columns: int, glyphs: tuple[str, str, str]) -> str:
@@ -138,7 +114,7 @@ def _bar(start: float, length: float, columns: int, glyphs: tuple[str, str, str]
     if not columns:
         return ""
     whole, left_half, right_half = glyphs
-    first = min(round(start * 2 * columns), 2 * columns - 1)
+    first = min(max(0, round(start * 2 * columns)), 2 * columns - 1)
     last = max(first + 1, min(round((start + length) * 2 * columns), 2 * columns))
     cells = [" "] * columns
     for cell in range(first // 2, (last + 1) // 2):

@@ -76,6 +76,11 @@ class DemoRelay:
         self._process.kill()
         self._process.wait()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, which it does not by itself while the demo runs."""
+        return self._process.poll() is not None
+
     def last_words(self) -> str:
         """The last line that it logged, which says why spans were not taken."""
         # Not by seek(): the position is the child's too.
@@ -94,22 +99,16 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    import requests
-    from opentelemetry.exporter.otlp.proto.http import Compression
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
+    from otel_npu.cli.demo.receiver import exporter_to
     from otel_npu.relay.export import exporters_from_environment
     from otel_npu.relay.server import Server
 
-    session = requests.Session()
-    session.trust_env = False  # a proxy does not reach this loopback
-    picture = OTLPSpanExporter(arguments.picture, compression=Compression.NoCompression, session=session)
     try:
         standard = exporters_from_environment() if arguments.standard else []
     except Exception as error:
         _log.error("%s", error)
         return 1
-    server = Server([picture, *standard], socket.socket(fileno=arguments.listener))
+    server = Server([exporter_to(arguments.picture), *standard], socket.socket(fileno=arguments.listener))
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.run(leave=lambda: rendezvous.withdraw(arguments.socket))
     return 0
