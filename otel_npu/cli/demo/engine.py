@@ -13,8 +13,10 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 import otel_npu
+from otel_npu import semconv
 from otel_npu.capture import context
 from otel_npu.capture.steps import Rank, Step
+from otel_npu.slow import SlowSteps
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Engine:
         self._random = random.Random(seed)  # noqa: S311  noise, not secrets
         self._ended = ended
         self._limiter = context.Limiter(recorder.settings.steps_per_second)
+        self._slow_steps = SlowSteps(recorder.settings.slow_step, recorder.drops)
         self._step_numbers, self._numbers = itertools.count(1), itertools.count(1)
         self._requests: dict[int, Request] = {}
         """By the number that the relay knows each by, in the order of arrival."""
@@ -86,8 +89,7 @@ class Engine:
             number for number in served if self._requests[number].computed < self._requests[number].prompt_tokens
         }
         kind = _DECODE if not prefills else _MIXED if len(prefills) < len(served) else _PREFILL
-        root = context.new_root()
-        ids = root if self._limiter.allow(kind) else root._replace(trace_id=b"")
+        ids = context.new_root(kept=self._limiter.allow(kind))
         step_number = next(self._step_numbers)
         aborted, self._aborted = self._aborted, []
         self._recorder.send(
@@ -107,11 +109,14 @@ class Engine:
                 preempted=[],
                 ended=aborted,
                 dropped={},
+                kept=ids.kept,
             )
         )
         stalled = any(self._stalls(self._requests[number]) for number in served)
         self._run(kind, step_number, ids, sum(served.values()), stalled=stalled)
-        self._update(ids.span_id, served, prefills)
+        step_kind = kind, sum(served.values()).bit_length()
+        is_slow = self._slow_steps.judge(step_kind, perf_counter_ns() - opened_ns, kept=ids.kept)
+        self._update(ids.span_id, served, prefills, semconv.SLOW if is_slow else "")
         time.sleep(_HOST_SECONDS)
 
     def _scheduled(self) -> dict[int, int]:
@@ -131,8 +136,7 @@ class Engine:
         return stalls
 
     def _run(self, kind: str, number: int, ids: context.Ids, tokens: int, *, stalled: bool) -> None:
-        kept = bool(ids.trace_id)
-        own = context.Ids(ids.trace_id, context.new_bytes(8) if kept else b"", ids.span_id)
+        own = context.child_of(ids.trace_id, ids.span_id, kept=ids.kept)
         step = Step(self._recorder, kind, (), None, ids=own, rank=Rank(0, returns_output=True))
         step.open()
         step.number = number
@@ -154,8 +158,8 @@ class Engine:
     def _launch(self, milliseconds: float) -> None:
         self._npu.launch(round(milliseconds * 1e6 * max(0.5, self._random.gauss(1, _SPREAD))))
 
-    def _update(self, span_id: bytes, served: dict[int, int], prefills: set[int]) -> None:
-        """Hand out the tokens of a step; whose prompt is not computed yet gets none."""
+    def _update(self, span_id: bytes, served: dict[int, int], prefills: set[int], keep: str) -> None:
+        """Hand out the tokens of a step; whose prompt is not computed yet gets none. `keep`: why it is a trace now."""
         given: dict[int, int] = {}
         finished: list[int] = []
         for number, tokens in served.items():
@@ -169,7 +173,8 @@ class Engine:
             given[number] = 1
             if request.has_ended:
                 finished.append(number)
-        self._recorder.send(frames.Updated(span_id, perf_counter_ns(), list(given), list(given.values()), finished))
+        new_tokens = list(given.values())
+        self._recorder.send(frames.Updated(span_id, perf_counter_ns(), list(given), new_tokens, finished, keep))
         for number in finished:
             self._end(number, "length")
         for number in [number for number in given if number in self._requests]:
