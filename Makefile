@@ -16,7 +16,7 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
-.PHONY: help setup demo test faults check bench clean
+.PHONY: help setup demo test check bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,9 +28,6 @@ setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 
 test: $(VENV)/.test ## Run all tests
 	$(BIN)/python -m pytest
-
-faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
-	FAULTS=full $(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.test ## Run lint, format and type checks
 	$(BIN)/ruff check .
@@ -62,7 +59,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing the tests' tools, torch, torch_npu, vLLM and a collector: some minutes the first time ..."
 	@command -v gcc >/dev/null || echo "No gcc here: the tests on the real torch_npu binding will be skipped."
-	$(BIN)/pip install --quiet --editable . --group dev  # together, so that their pins agree
+	$(BIN)/pip install --quiet --group dev
 	$(BIN)/pip install --quiet $(TORCH)+cpu 2>/dev/null || \
 		$(BIN)/pip install --quiet $(TORCH) --extra-index-url $(TORCH_INDEX)
 	@if $(BIN)/python -c 'import sys, sysconfig; sys.exit(not ($(VLLM_PLATFORM)))'; then \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,14 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(secret) >= _SHORTEST:
             text = text.replace(secret, _MASK)
     return text
+
+
+class MaskingFormatter(logging.Formatter):
+    """Whatever a library quotes of its settings, in a message or a traceback, no secret reaches the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return masked(super().format(record))
 
 
 def _secrets(environment: Mapping[str, str]) -> Iterator[str]:

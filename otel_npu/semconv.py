@@ -280,6 +280,9 @@ REQUEST_UNFINISHED: Final = "request_unfinished"
 TOO_MANY_REQUESTS: Final = "too_many_requests"
 QUEUE_FULL: Final = "queue_full"
 EXPORT_FAILED: Final = "export_failed"
+EXPORT_REFUSED: Final = "export_refused"
+EXPORT_REJECTED: Final = "export_rejected"
+NOT_ENCODABLE: Final = "not_encodable"
 
 DROP_REASONS: Final = (
     Term(POOL_EXHAUSTED, "{stage}", "No free event pair: the device is too far behind. Host-timed instead."),
@@ -308,6 +311,9 @@ DROP_REASONS: Final = (
     Term(RELAY_LOST, "{relay}", "A relay ended early, with what it held. Counted once by each process that had it."),
     Term(REQUEST_UNFINISHED, "{request}", "The engine went away before the request's end was known: no spans of it."),
     Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the newest."),
-    Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full."),
-    Term(EXPORT_FAILED, "{span}", "The receiver refused the spans or could not be reached."),
+    Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full: the oldest."),
+    Term(EXPORT_FAILED, "{span}", "The receiver took none for five minutes, or until the relay's end."),
+    Term(EXPORT_REFUSED, "{span}", "The receiver refused them for good: not authorised, invalid, or too large."),
+    Term(EXPORT_REJECTED, "{span}", "The receiver took the others and rejected these; the log has its message."),
+    Term(NOT_ENCODABLE, "{span}", "Something in the span is not what OTLP takes."),
 )

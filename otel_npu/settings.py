@@ -22,6 +22,7 @@ STEPS_PER_SECOND: Final = "OTEL_NPU_STEPS_PER_SECOND"
 SLOW_STEP: Final = "OTEL_NPU_SLOW_STEP"
 HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
 LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
+QUEUE_BYTES: Final = "OTEL_NPU_QUEUE_BYTES"
 SESSION: Final = "OTEL_NPU_SESSION"
 
 _EXPORTS: Final = ("relay", "inprocess")
@@ -48,6 +49,7 @@ class Settings:
         slow_step: A step that takes so many times as long as is usual for its kind is kept too; `math.inf` none.
         hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
         log_stages: Whether each resolved step is logged as one line.
+        queue_bytes: How many bytes of spans the relay holds at most while their receiver takes none.
         root_traces: Whether steps outside of any sampled trace may begin traces of their own.
         environment: Standard `OTEL_*` variables for the exporter, in the place of this process's own.
 
@@ -63,6 +65,7 @@ class Settings:
     slow_step: float = 3.0
     hang_seconds: float = 30.0
     log_stages: bool = False
+    queue_bytes: int = 64_000_000
     root_traces: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,6 +81,8 @@ class Settings:
             raise _error(SLOW_STEP, str(self.slow_step), _SLOW_TAKES)
         if not self.hang_seconds > 0:
             raise _error(HANG_SECONDS, str(self.hang_seconds), _HANG_TAKES)
+        if not self.queue_bytes >= _LEAST_QUEUE_BYTES:
+            raise _error(QUEUE_BYTES, str(self.queue_bytes), _QUEUE_TAKES)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -102,6 +107,7 @@ class Settings:
             slow_step=math.inf if off else read(SLOW_STEP, _factor, default=cls.slow_step),
             hang_seconds=read(HANG_SECONDS, _seconds, default=cls.hang_seconds),
             log_stages=read(LOG_STAGES, _flag, default=cls.log_stages),
+            queue_bytes=read(QUEUE_BYTES, _bytes, default=cls.queue_bytes),
             root_traces=not off and sampler != "parentbased_always_off",
         )
 
@@ -137,6 +143,16 @@ def _flag(variable: str, value: str) -> bool:
 _RATE_TAKES: Final = "a number of steps a second, 0 or more, or 'all'"
 _SLOW_TAKES: Final = "how many times the usual, a number above 1, or 'off'"
 _HANG_TAKES: Final = "a number of seconds above 0, or 'never'"
+
+
+_LEAST_QUEUE_BYTES: Final = 1_000_000
+_QUEUE_TAKES: Final = "a whole number of bytes, 1000000 or more"
+
+
+def _bytes(variable: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal() and int(value) >= _LEAST_QUEUE_BYTES):
+        raise _error(variable, value, _QUEUE_TAKES)
+    return int(value)
 
 
 def _rate(variable: str, value: str) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FLAG = "1 or 0 (also true, yes, on; false, no, off)"
 RATE = "a number of steps a second, 0 or more, or 'all'"
 FACTOR = "how many times the usual, a number above 1, or 'off'"
+BYTES = "a whole number of bytes, 1000000 or more"
 SECONDS = "a number of seconds above 0, or 'never'"
 DEVICE = "auto, npu, cpu, simulated or a torch device type such as cuda"
 BAD = [
@@ -26,7 +27,7 @@ BAD = [
     ("OTEL_NPU_DEVICE", "npu:0", DEVICE),
     ("OTEL_NPU_DEVICE", "a device", DEVICE),
     ("OTEL_NPU_EXPORT", "collector", "relay or inprocess"),
-    ("OTEL_NPU_REQUEST_SPANS", "all", "summary or off"),
+    ("OTEL_NPU_REQUEST_SPANS", "all", "summary or detail or off"),
     ("OTEL_NPU_STEPS_PER_SECOND", "many", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "-1", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "nan", RATE),
@@ -34,6 +35,8 @@ BAD = [
     ("OTEL_NPU_SLOW_STEP", "1", FACTOR),
     ("OTEL_NPU_SLOW_STEP", "never", FACTOR),
     ("OTEL_NPU_HANG_SECONDS", "0", SECONDS),
+    ("OTEL_NPU_QUEUE_BYTES", "64MB", BYTES),
+    ("OTEL_NPU_QUEUE_BYTES", "999999", BYTES),
     ("OTEL_NPU_HANG_SECONDS", "-3", SECONDS),
     ("OTEL_NPU_HANG_SECONDS", "soon", SECONDS),
     ("OTEL_NPU_HANG_SECONDS", "nan", SECONDS),
@@ -73,6 +76,7 @@ def test_without_any_variable_tracing_is_off_and_the_defaults_hold() -> None:
         ("OTEL_NPU_SLOW_STEP", "1.5", "slow_step", 1.5),
         ("OTEL_NPU_SLOW_STEP", "Off", "slow_step", math.inf),
         ("OTEL_NPU_HANG_SECONDS", "1.5", "hang_seconds", 1.5),
+        ("OTEL_NPU_QUEUE_BYTES", "1000000", "queue_bytes", 1_000_000),
         ("OTEL_NPU_HANG_SECONDS", "Never", "hang_seconds", math.inf),
         ("OTEL_NPU_LOG_STAGES", "1", "log_stages", True),
         ("OTEL_TRACES_SAMPLER", "always_off", "steps_per_second", 0),

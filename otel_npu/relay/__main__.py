@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from otel_npu.relay.server import Server
+from otel_npu.secrets import MaskingFormatter
 from otel_npu.wire import rendezvous
 
 _log = logging.getLogger("otel_npu.relay")
@@ -59,7 +61,10 @@ def main() -> int:
     """Run the relay; returns the process's exit code."""
     # Until it is handled it is to wait: to the first process of a container it would otherwise be lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    logging.basicConfig(format="%(levelname)s %(asctime)s [%(name)s] %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its C core has to say, its errors say too
     parser = argparse.ArgumentParser(prog="python -m otel_npu.relay", description=__doc__)
     parser.add_argument("--listener", type=int, help="descriptor of a listening socket")
     parser.add_argument("--socket", type=Path, help="the socket's path; from the session without it")

@@ -58,8 +58,52 @@ def encode_span(span: ReadableSpan) -> bytes:
     return _field(0x12, b"".join(parts))
 
 
-def encode_scope_spans(resource: Resource, scope: InstrumentationScope | None, spans: Iterable[bytes]) -> bytes:
-    """Encoded spans of one resource and scope, as a field of `ExportTraceServiceRequest`."""
+class Request:
+    """An `ExportTraceServiceRequest`: encoded spans, gathered by their resource and scope."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """How many bytes its spans have."""
+        # By identity: a resource's own hash is dear, and one process's spans share one.
+        self._parts: dict[tuple[int, int], tuple[ReadableSpan, list[bytes]]] = {}
+
+    def add(self, span: ReadableSpan, encoded: bytes) -> None:
+        """Take in a span."""
+        key = id(span._resource), id(span._instrumentation_scope)
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = span, []
+        part[1].append(encoded)
+        self.size += len(encoded)
+
+    def clear(self) -> None:
+        """Let go of the spans."""
+        self._parts = {}
+
+    def encode(self) -> bytes:
+        """The whole of it."""
+        return b"".join(
+            _resource_spans(span.resource, span.instrumentation_scope, encoded)
+            for span, encoded in self._parts.values()
+        )
+
+
+def encode_request(spans: Iterable[ReadableSpan]) -> bytes:
+    """An `ExportTraceServiceRequest` of these spans.
+
+    Raises:
+        Exception: As for each of them.
+    """
+    request = Request()
+    for span in spans:
+        request.add(span, encode_span(span))
+    return request.encode()
+
+
+# Below this line: parts of them. Each function gives a whole field, or the content of one.
+
+
+def _resource_spans(resource: Resource, scope: InstrumentationScope | None, spans: Iterable[bytes]) -> bytes:
     attributes = b"".join(_attribute(0x0A, key, value) for key, value in resource.attributes.items())
     parts = []
     if scope is not None:
@@ -74,9 +118,6 @@ def encode_scope_spans(resource: Resource, scope: InstrumentationScope | None, s
     if resource.schema_url:
         whole.append(_text(0x1A, resource.schema_url))
     return _field(0x0A, b"".join(whole))
-
-
-# Below this line: parts of a span. Each function gives a whole field, or the content of one.
 
 
 def _event(event: Event) -> bytes:

@@ -1,210 +1,273 @@
-"""Spans out: the standard exporters, behind a bounded queue and a thread, with every loss counted."""
+"""The way out: spans are encoded as they come, leave in batches, and wait in bounded memory while they can't."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from collections import deque
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SpanExportResult
 
 from otel_npu import semconv
+from otel_npu.relay.batches import Batch
+from otel_npu.relay.destination import Bounds, Destination
+from otel_npu.relay.encoding import encode_span
+from otel_npu.relay.otlp import OtlpExporter
+from otel_npu.relay.outcomes import Never, Outcome, Taken
+from otel_npu.secrets import masked
+from otel_npu.settings import QUEUE_BYTES, Settings, SettingsError
+from otel_npu.standard import bad_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter
 
     from otel_npu.drops import Drops
+    from otel_npu.relay.batches import Load
+    from otel_npu.relay.client import Account
 
 _log = logging.getLogger("otel_npu.relay")
 
-_GROUP: Final = "opentelemetry_traces_exporter"
-_PROTOCOLS: Final = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
-
-
-class ExportError(ValueError):
-    """A standard variable that says where spans go holds what it does not take, or names what isn't installed."""
-
-
-def exporters_from_environment(environment: Mapping[str, str] = os.environ) -> list[SpanExporter]:
-    """The exporters that `OTEL_TRACES_EXPORTER` names: `otlp` unless it says otherwise, none for `none`.
-
-    Raises:
-        ExportError: It names an exporter or a protocol that is not there.
-    """
-    names = environment.get("OTEL_TRACES_EXPORTER", "").strip() or "otlp"
-    exporters = []
-    for name in filter(None, (name.strip() for name in names.split(","))):
-        if name == "none":
-            continue
-        entry = _PROTOCOLS[_protocol(environment)] if name == "otlp" else name
-        found = next(iter(entry_points(group=_GROUP, name=entry)), None)
-        if found is None:
-            installed = sorted({point.name for point in entry_points(group=_GROUP)} | {"none"})
-            raise ExportError(f"OTEL_TRACES_EXPORTER={names!r}: takes {', '.join(installed)}; not {name!r}")
-        exporters.append(found.load()(**(_otlp_arguments(entry, environment) if name == "otlp" else {})))
-    return exporters
-
-
-def _otlp_arguments(entry: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What an OTLP exporter would read from the process's environment, which this one need not be."""
-    arguments: dict[str, Any] = {}
-    endpoint = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
-    if endpoint:
-        arguments["endpoint"] = endpoint
-    insecure = environment.get("OTEL_EXPORTER_OTLP_TRACES_INSECURE", "").strip().lower()
-    if insecure and entry == _PROTOCOLS["grpc"]:
-        arguments["insecure"] = insecure == "true"
-    return arguments
-
-
-def _protocol(environment: Mapping[str, str]) -> str:
-    for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        protocol = environment.get(variable, "").strip()
-        if protocol:
-            if protocol not in _PROTOCOLS:
-                raise ExportError(f"{variable}={protocol!r}: takes {' or '.join(_PROTOCOLS)}")
-            return protocol
-    return "grpc"
-
-
-class Nowhere(SpanExporter):
-    """In the place of an exporter that could not be made: what it gets is lost, and counted."""
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:  # noqa: ARG002  they go nowhere
-        """Fail."""
-        return SpanExportResult.FAILURE
-
-
-class Account:
-    """What one client's frames have become: how many spans, how many of them are dealt with, how many of those lost."""
-
-    def __init__(self) -> None:
-        self.accepted = self.handled = self.lost = 0
+_MAX_BATCH_BYTES: Final = 1 << 20
+"""Receivers take 4 MB at once over gRPC, unless they are told otherwise; proxies before them often 1 MB."""
+_LEAST_BATCH_BYTES: Final = 1 << 16
+_LOOK_SECONDS: Final = 1.0
 
 
 class ExportQueue:
-    """A bounded queue of spans and the thread that exports them in batches.
+    """Takes spans, and exports them in batches to each exporter on its own.
 
-    The SDK's own batch processor counts no losses and its `force_flush` has no time limit.
+    A client's spans that are put together leave together: a trace that trickles in is cut in pieces by its store.
 
     Args:
         exporters: Each gets every span.
         drops: Where spans that could not be kept or exported are counted.
-        environment: Read for the standard `OTEL_BSP_*` variables.
+        environment: Read for the standard `OTEL_BSP_*` variables and for the bound in bytes.
     """
 
     def __init__(
         self, exporters: Sequence[SpanExporter], drops: Drops, environment: Mapping[str, str] = os.environ
     ) -> None:
-        self._exporters = exporters
         self._drops = drops
-        # Shorter than the standard 5 s: a trace that trickles in is cut in pieces by its store.
+        # Shorter than the standard 5 s, for the same reason.
         self._delay = _number(environment, "OTEL_BSP_SCHEDULE_DELAY", 1000) / 1000
-        self._max_queue = _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", 16384)
-        self._max_batch = _number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)
-        self._queue: deque[tuple[Account, ReadableSpan]] = deque()
+        most_spans = _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", sys.maxsize)
+        self._max_batch = min(_number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), most_spans)
+        bounds = Bounds(_queue_bytes(environment) // max(1, len(exporters)), most_spans)
+        self._destinations = [Destination(exporter, bounds) for exporter in exporters]
+        self._keep = any(destination.takes_spans for destination in self._destinations)
         self._changed = threading.Condition()
-        self._in_flight = 0
-        self._wanted = False
-        self._thread = threading.Thread(target=self._run, name="otel-npu export", daemon=True)
-        self._thread.start()
+        self._open = self._new_batch()
+        self._closed = False
+        self._senders: dict[Destination, int] = dict.fromkeys(self._destinations, 0)
+        if self._destinations:
+            threading.Thread(target=self._run, name="otel-npu export", daemon=True).start()
 
     def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
-        """Queue a client's spans; the oldest of all are dropped when there are too many."""
-        if not self._exporters or not spans:
+        """Encode a client's spans and queue them; the oldest batches are dropped when there is too much."""
+        if not self._destinations or not spans:
             return
+        encoded = []
+        try:
+            encoded = [encode_span(span) for span in spans]
+        except Exception:  # one of them is bad, and is left out
+            spans, encoded = self._encode_one_by_one(spans, account)
+        size = sum(map(len, encoded))
         with self._changed:
-            self._queue.extend((account, span) for span in spans)
-            account.accepted += len(spans)
-            over = len(self._queue) - self._max_queue
-            if over > 0:
-                self._settle([self._queue.popleft() for _ in range(over)], semconv.QUEUE_FULL)
-                self._changed.notify_all()
-            elif len(self._queue) >= self._max_batch:
-                self._changed.notify_all()
+            batch, most = self._open, self._max_batch_bytes()
+            if batch.count and (batch.count + len(spans) > self._max_batch or batch.request.size + size > most):
+                self._seal()
+            if not self._open.count:
+                self._open.made = time.monotonic()
+                self._changed.notify_all()  # it has to leave by the clock
+            self._open.add(account, spans, encoded, keep=self._keep)
+            if self._open.count >= self._max_batch or self._open.request.size >= most:
+                self._seal()
+
+    def outcome(self, account: Account, accepted: int) -> bool | None:
+        """Whether a client's first so many spans were exported, nothing lost since it last asked; None: not yet.
+
+        Never waits: others must be served meanwhile.
+        """
+        with self._changed:
+            if account.handled < accepted:
+                self._hurry()
+                return None
+            lost, account.lost = account.lost, 0
+            return not lost
 
     def flush(self, account: Account, accepted: int, timeout_seconds: float) -> bool:
-        """Export a client's first so many spans; whether that was in time and none was lost since its last flush."""
+        """Export a client's first so many spans; whether that was in time and nothing lost since its last flush."""
         with self._changed:
-            self._wanted = True
-            self._changed.notify_all()
+            self._hurry()
             in_time = self._changed.wait_for(lambda: account.handled >= accepted, timeout_seconds)
             lost, account.lost = account.lost, 0
             return in_time and not lost
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Export what is queued, for so long at most; whether all of it is dealt with."""
+        with self._changed:
+            self._hurry()
+            return self._changed.wait_for(lambda: not any(one.holds for one in self._destinations), timeout_seconds)
 
     def close(self, timeout_seconds: float) -> None:
         """Export what is queued, as far as time allows; what is left then is counted."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            self._wanted = True
+            self._seal()
+            for destination in self._destinations:
+                destination.end_by(deadline)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._queue and not self._in_flight, timeout_seconds)
-            left = len(self._queue) + self._in_flight
-            self._queue.clear()
-        if left:
-            self._drops.add(semconv.EXPORT_FAILED, left)
-            return  # an exporter is stuck in its receiver; the process ends around it
-        for exporter in self._exporters:
-            closing = threading.Thread(target=exporter.shutdown, daemon=True)  # its own timeout can be minutes
-            closing.start()
-            closing.join(max(0.1, deadline - time.monotonic()))
+            self._changed.wait_for(lambda: all(one.over for one in self._destinations), timeout_seconds)
+            stuck = [destination for destination in self._destinations if not destination.over]
+            for destination in self._destinations:
+                destination.give_up()
+            self._closed = True
+            self._changed.notify_all()
+        for destination in self._destinations:
+            if destination not in stuck:  # else it is in its receiver; the process ends around it
+                closing = threading.Thread(target=destination.exporter.shutdown, daemon=True)  # that can take minutes
+                closing.start()
+                closing.join(max(0.1, deadline - time.monotonic()))
+
+    # In.
+
+    def _encode_one_by_one(
+        self, spans: Sequence[ReadableSpan], account: Account
+    ) -> tuple[list[ReadableSpan], list[bytes]]:
+        good, encoded = [], []
+        for span in spans:
+            try:
+                encoded.append(encode_span(span))
+            except Exception as error:
+                self._drops.add(semconv.NOT_ENCODABLE)
+                account.lose()
+                _log.debug("a span %r can't be encoded: %s", span.name, error)
+            else:
+                good.append(span)
+        return good, encoded
+
+    def _new_batch(self) -> Batch:
+        return Batch(len(self._destinations), time.monotonic(), self._settled)
+
+    def _max_batch_bytes(self) -> int:
+        most = min(
+            (one.most_bytes for one in self._destinations if one.most_bytes is not None), default=_MAX_BATCH_BYTES
+        )
+        return max(_LEAST_BATCH_BYTES, min(most, _MAX_BATCH_BYTES))
+
+    def _hurry(self) -> None:
+        """Somebody waits."""
+        self._seal()
+        for destination in self._destinations:
+            destination.hurry()
+        self._changed.notify_all()
+
+    def _seal(self) -> None:
+        """The batch that was filled leaves."""
+        batch, self._open = self._open, self._new_batch()
+        if not batch.count:
+            return
+        body = batch.request.encode()
+        batch.request.clear()
+        for destination in self._destinations:
+            destination.offer(batch, body)
+        self._changed.notify_all()
+
+    def _settled(self, batch: Batch) -> None:
+        """All exporters are done with this batch."""
+        lost = sum(batch.lost.values())
+        for reason, count in batch.lost.items():
+            self._drops.add(reason, count)
+        if lost >= batch.count:
+            self._drops.put_back(batch.drop_counts)
+        for account, count in batch.accounts.items():
+            del account.batches[batch]
+            account.lose(min(count, lost))
+        self._changed.notify_all()
+
+    # Out.
 
     def _run(self) -> None:
+        """Send what is due by the clock, make small what has to wait, and see to it that somebody sends."""
         while True:
             with self._changed:
-                if len(self._queue) < self._max_batch and not (self._wanted and self._queue):
-                    self._wanted = False
-                    self._changed.wait(self._delay)
-                batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
-                self._in_flight = len(batch)
-            if not batch:
-                continue
-            spans = [span for _, span in batch]
-            failed = sum(not _export(exporter, spans) for exporter in self._exporters)
+                if self._closed:
+                    return
+                if self._open.count and time.monotonic() - self._open.made >= self._delay:
+                    self._seal()
+                for destination in self._destinations:
+                    self._senders[destination] -= destination.leave_overdue()
+                    self._man(destination)
+                    destination.tick()
+                loads = [(one, load) for one in self._destinations for load in one.unpacked()]
+                if not loads:
+                    self._changed.wait(self._until_next())
+            for destination, load in loads:
+                packed = load.packing()  # lets others run meanwhile
+                with self._changed:
+                    destination.pack(load, packed)
+
+    def _until_next(self) -> float:
+        """Seconds until something is due by the clock."""
+        due = [_LOOK_SECONDS]
+        if self._open.count:
+            due.append(self._open.made + self._delay - time.monotonic())
+        due += [one.pause() for one in self._destinations if self._senders[one] <= len(one.under_way)]
+        return max(0.001, min(due))
+
+    def _man(self, destination: Destination) -> None:
+        """Have a thread that sends the next one."""
+        busy = self._senders[destination] <= len(destination.under_way)
+        if busy and destination.pause() <= 0:
+            try:
+                threading.Thread(target=self._serve, args=(destination,), name="otel-npu send", daemon=True).start()
+            except RuntimeError as error:  # there are no threads left; there may be
+                _log.debug("can't start a thread now: %s", error)
+            else:
+                self._senders[destination] += 1
+
+    def _serve(self, destination: Destination) -> None:
+        while True:
             with self._changed:
-                self._in_flight = 0
-                self._settle(batch, semconv.EXPORT_FAILED if failed else None)
+                while (load := destination.take()) is None:
+                    if self._closed:
+                        return
+                    self._changed.wait(min(_LOOK_SECONDS, destination.pause()))
+            outcome = _send(destination, load)
+            with self._changed:
+                if not destination.done(load, outcome):
+                    return  # it took too long: another thread is in this one's place
                 self._changed.notify_all()
 
-    def _settle(self, items: Sequence[tuple[Account, ReadableSpan]], lost: str | None) -> None:
-        """These spans are dealt with: exported or, for a reason, lost."""
-        for account, _ in items:
-            account.handled += 1
-            account.lost += lost is not None
-        if lost is not None:
-            self._drops.add(lost, len(items))
-            for _, span in items:
-                _put_back_counts(span, self._drops)
 
-
-def _put_back_counts(span: ReadableSpan, drops: Drops) -> None:
-    """The drop counts on a step span that was lost itself go with a later one."""
-    prefix = semconv.DROPPED_PREFIX
-    counts = {key[len(prefix) :]: value for key, value in (span.attributes or {}).items() if key.startswith(prefix)}
-    drops.put_back({reason: value for reason, value in counts.items() if isinstance(value, int)})
-
-
-def _export(exporter: SpanExporter, batch: list[ReadableSpan]) -> bool:
+def _send(destination: Destination, load: Load) -> Outcome:
+    exporter = destination.exporter
     try:
-        return exporter.export(batch) is SpanExportResult.SUCCESS
+        if isinstance(exporter, OtlpExporter):
+            return exporter.send(load.body, exporter.settings.timeout_seconds)
+        taken = exporter.export(load.spans) is SpanExportResult.SUCCESS
     except Exception as error:
-        _log.warning("%s failed: %s", type(exporter).__name__, error)
-        return False
+        return Never(masked(f"{type(error).__name__}: {error}"), semconv.EXPORT_FAILED)
+    return Taken() if taken else Never(reason=semconv.EXPORT_FAILED)
 
 
 def _number(environment: Mapping[str, str], variable: str, default: int) -> int:
     value = environment.get(variable, "").strip()
+    bad = bad_value(variable, value) if value else None
+    if bad is not None:
+        _log.error("%s; the default is used", bad)
+    return int(value) if value and bad is None else default
+
+
+def _queue_bytes(environment: Mapping[str, str]) -> int:
     try:
-        number = int(value or default)
-    except ValueError:
-        number = 0
-    if number <= 0:
-        _log.error("%s=%r: takes a whole number above 0; using %d", variable, value, default)
-        return default
-    return number
+        return Settings.from_environment({QUEUE_BYTES: environment.get(QUEUE_BYTES, "")}).queue_bytes
+    except SettingsError as error:
+        _log.error("%s; the default is used", error)
+        return Settings.queue_bytes

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.drops import Drops
-    from otel_npu.relay.client import Client
-    from otel_npu.relay.export import Account
+    from otel_npu.relay.client import Account, Client
     from otel_npu.relay.placing import Ran
     from otel_npu.relay.wall import WallClock
 
@@ -298,6 +297,7 @@ class Joiner:
                 self._give_up(known, semconv.REQUEST_UNFINISHED)
         if len(self._requests) >= MAX_REQUESTS:  # this one: it will wait, while the others run
             self._drops.add(semconv.TOO_MANY_REQUESTS)
+            engine.client.account.lose()
             return
         request = OpenRequest(engine, frame)
         self._requests[frame.key] = engine.requests[frame.number] = request
@@ -328,6 +328,7 @@ class Joiner:
     def _give_up(self, request: OpenRequest, reason: str) -> None:
         self._forget(request)
         self._drops.add(reason)
+        request.engine.client.account.lose()
 
     def _forget(self, request: OpenRequest) -> None:
         request.forgotten = True

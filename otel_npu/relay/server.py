@@ -18,8 +18,10 @@ from otel_npu import semconv
 from otel_npu.drops import REPORT_SECONDS, Drops
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
-from otel_npu.relay.export import ExportError, ExportQueue, Nowhere, exporters_from_environment
+from otel_npu.relay.export import ExportQueue
+from otel_npu.relay.exporters import Nowhere, exporters_from_environment
 from otel_npu.relay.joiner import Joiner
+from otel_npu.relay.otlp_settings import ExportError
 from otel_npu.relay.patience import Patience
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from otel_npu.relay.export import Account
+    from otel_npu.relay.client import Account
 
 _log = logging.getLogger("otel_npu.relay")
 
@@ -261,6 +263,7 @@ class Server:
                 self._bad_frame(client, str(error))
             except Exception:
                 self._drops.add(semconv.INTERNAL_ERROR)
+                client.account.lose()
                 _log.exception("a fault of otel-npu's own; the frame is lost")
 
     def _handle(self, client: _Client, frame: frames.Frame) -> None:
@@ -306,6 +309,7 @@ class Server:
 
     def _bad_frame(self, client: _Client, why: str) -> None:
         self._drops.add(semconv.BAD_FRAME)
+        client.account.lose()
         if why != client.complaint:  # once, not once a frame
             client.complaint = why
             number = client.connection.fileno()

@@ -71,8 +71,6 @@ class TestSpans:
             "npu.step.number": 1,
             "npu.step.kind": "decode",
             "npu.step.stages": 3,
-            "npu.sampled.reason": "rate",
-            "npu.timing": "device",
             "batch": 3,
         }
         forward = spans["forward"].attributes

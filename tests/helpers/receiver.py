@@ -6,14 +6,20 @@ import gzip
 import http.server
 import threading
 import time
+import zlib
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opentelemetry.proto.common.v1 import common_pb2
 
 
@@ -41,13 +47,38 @@ class Span:
         return self.end_ns - self.start_ns
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a receiver says instead of taking everything: the same over gRPC and HTTP, each in its own way.
+
+    Attributes:
+        code: The status over gRPC; `OK` to take what is not rejected.
+        status: The status over HTTP.
+        details: What it says about it.
+        after_seconds: When to come again.
+        rejected: How many spans it rejects.
+    """
+
+    code: str = "OK"
+    status: int = 200
+    details: str = ""
+    after_seconds: float | None = None
+    rejected: int = 0
+
+
+REFUSED = Answer("PERMISSION_DENIED", 403, "refused")
+AWAY = Answer("UNAVAILABLE", 503, "no room")
+
+
 @dataclass
 class Receiver:
-    """Receives on two ports. Set `refuse` to answer with an error, `delay_seconds` to answer late."""
+    """Receives on two ports. Set `answer` to what it says, `refuse` to refuse all, `delay_seconds` to answer late."""
 
+    answer: Answer | Callable[[trace_service_pb2.ExportTraceServiceRequest], Answer] = Answer()
     refuse: bool = False
     delay_seconds: float = 0.0
     exports: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
     grpc_port: int = 0
     http_port: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
@@ -55,7 +86,7 @@ class Receiver:
     _arrived: threading.Condition = field(default_factory=threading.Condition)
 
     def __enter__(self) -> Receiver:
-        self._grpc = grpc.server(futures.ThreadPoolExecutor(4))
+        self._grpc = grpc.server(futures.ThreadPoolExecutor(8))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)  # type: ignore[no-untyped-call]
         self.grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
@@ -114,19 +145,23 @@ class Receiver:
                 assert left > 0, f"{len(spans)} of {count} spans arrived: {sorted({s.name for s in self._spans})}"
                 self._arrived.wait(left)
 
-    def take(self, request: trace_service_pb2.ExportTraceServiceRequest) -> bool:
-        """Keep the request's spans; False to refuse it."""
+    def take(self, request: trace_service_pb2.ExportTraceServiceRequest, headers: dict[str, str]) -> Answer:
+        """Keep the request's spans, unless it says something else."""
         self._closing.wait(self.delay_seconds)
         with self._arrived:
             self.exports += 1
-            if self.refuse:
-                return False
+            self.headers = headers
+            answer = (
+                REFUSED if self.refuse else self.answer if isinstance(self.answer, Answer) else self.answer(request)
+            )
+            if answer.code != "OK":
+                return answer
             for resource_spans in request.resource_spans:
                 resource = _attributes(resource_spans.resource.attributes)
                 for scope_spans in resource_spans.scope_spans:
                     self._spans += [_span(span, resource, scope_spans.scope.name) for span in scope_spans.spans]
             self._arrived.notify_all()
-        return True
+        return answer
 
 
 class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):
@@ -134,9 +169,15 @@ class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):
         self._receiver = receiver
 
     def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if not self._receiver.take(request):
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "refused")
-        return trace_service_pb2.ExportTraceServiceResponse()
+        answer = self._receiver.take(request, dict(context.invocation_metadata()))
+        if answer.code != "OK":
+            if answer.after_seconds is not None:
+                detail = any_pb2.Any()
+                detail.Pack(RetryInfo(retry_delay=_duration(answer.after_seconds)))
+                status = Status(code=8, message=answer.details, details=[detail])
+                context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+            context.abort(grpc.StatusCode[answer.code], answer.details)
+        return _response(answer)
 
 
 def _handler(receiver: Receiver) -> type[http.server.BaseHTTPRequestHandler]:
@@ -145,14 +186,34 @@ def _handler(receiver: Receiver) -> type[http.server.BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
+            if self.headers.get("Content-Encoding") == "deflate":
+                body = zlib.decompress(body)
             request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
-            self.send_response(200 if receiver.take(request) else 403)
+            answer = receiver.take(request, {name.lower(): value for name, value in self.headers.items()})
+            content = _response(answer) if answer.code == "OK" else Status(message=answer.details)
+            self.send_response(answer.status)
+            self.send_header("Content-Type", "application/x-protobuf")
+            if answer.after_seconds is not None:
+                self.send_header("Retry-After", f"{answer.after_seconds:.0f}")
             self.end_headers()
+            self.wfile.write(content.SerializeToString())
 
         def log_message(self, *_: object) -> None:
             pass
 
     return Handler
+
+
+def _response(answer: Answer) -> Any:
+    response = trace_service_pb2.ExportTraceServiceResponse()
+    if answer.rejected:
+        response.partial_success.rejected_spans = answer.rejected
+        response.partial_success.error_message = answer.details
+    return response
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    return duration_pb2.Duration(seconds=int(seconds), nanos=round(seconds % 1 * 1e9))
 
 
 def _span(span: Any, resource: dict[str, Any], scope: str) -> Span:

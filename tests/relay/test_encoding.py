@@ -16,7 +16,7 @@ from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from otel_npu.relay.encoding import encode_scope_spans, encode_span
+from otel_npu.relay.encoding import encode_request, encode_span
 from otel_npu.relay.links import Links
 
 SCOPE = InstrumentationScope("otel_npu", "1.2.3", "https://example.org/schema", {"built": True})
@@ -46,7 +46,7 @@ SPANS = st.builds(
     TEXTS,
     CONTEXTS,
     st.none() | CONTEXTS,
-    st.just(RESOURCE),
+    st.sampled_from((RESOURCE, Resource({"service.name": "other"}))),
     ATTRIBUTES,
     st.lists(st.builds(Event, TEXTS, ATTRIBUTES, TIMES), max_size=3),
     st.lists(st.builds(Link, CONTEXTS, ATTRIBUTES), max_size=3),
@@ -59,8 +59,7 @@ SPANS = st.builds(
 
 
 def encoded(*spans: ReadableSpan) -> ExportTraceServiceRequest:
-    body = encode_scope_spans(spans[0].resource, spans[0].instrumentation_scope, map(encode_span, spans))
-    request: ExportTraceServiceRequest = ExportTraceServiceRequest.FromString(body)
+    request: ExportTraceServiceRequest = ExportTraceServiceRequest.FromString(encode_request(spans))
     return request
 
 

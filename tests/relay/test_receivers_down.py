@@ -87,7 +87,7 @@ def test_an_exit_takes_at_most_two_seconds_more(
     if not trouble.endswith("refusing"):
         return
     eventually(lambda: not programs.relays(), "the relay has ended")
-    assert "200 export_failed" in programs.log
+    assert "200 export_refused" in programs.log
 
 
 def test_a_relay_whose_receiver_is_down_ends_all_the_same(programs: Programs, closed_port: int) -> None:
@@ -109,10 +109,10 @@ def test_what_a_receiver_refuses_is_counted_and_the_count_arrives_when_it_takes_
     receiver.refuse = False
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
     assert len(receiver.spans) == 2
-    assert dropped(receiver.spans, "export_failed") == 600
+    assert dropped(receiver.spans, "export_refused") == 600
     worker.leave()
     eventually(lambda: not programs.relays(), "the relay has ended")
-    assert "left out in the last minute: 600 export_failed" in programs.log
+    assert "left out in the last minute: 600 export_refused" in programs.log
 
 
 def test_while_a_receiver_hangs_the_queue_is_bounded_and_all_that_is_lost_is_counted(

@@ -24,7 +24,7 @@ from otel_npu.cli.demo.relay import DemoRelay
 from otel_npu.cli.demo.traces import Traces, slowest
 from otel_npu.cli.demo.workload import Arrivals, requests
 from otel_npu.devices.simulated import SimulatedNpu
-from otel_npu.relay.export import exporters_from_environment
+from otel_npu.relay.exporters import exporters_from_environment
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:

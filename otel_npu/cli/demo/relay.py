@@ -100,7 +100,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     from otel_npu.cli.demo.receiver import exporter_to
-    from otel_npu.relay.export import exporters_from_environment
+    from otel_npu.relay.exporters import exporters_from_environment
     from otel_npu.relay.server import Server
 
     try:

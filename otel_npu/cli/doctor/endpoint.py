@@ -6,10 +6,8 @@ Runs in a process of its own: it may hang, and it shortens the exporter's time l
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from otel_npu.relay.otlp import OtlpExporter
 
 ENDPOINT: Final = "endpoint"
 
@@ -43,21 +42,21 @@ def checks() -> Iterator[Finding]:
 
 
 def _check(name: str) -> Finding:
-    from otel_npu.relay.export import exporters_from_environment
+    from otel_npu.relay.otlp import otlp_exporter
+    from otel_npu.relay.otlp_settings import OtlpSettings
 
     for prefix in (SPECIFIC, GENERAL):
         os.environ[f"{prefix}TIMEOUT"] = str(_EXPORT_SECONDS)
     target = Target.from_environment(_OTLP[name])
-    with _said_by_exporters() as said:
-        try:
-            [exporter] = exporters_from_environment({**os.environ, "OTEL_TRACES_EXPORTER": name})
-        except Exception as error:
-            return failed(ENDPOINT, f"the exporter can't be made: {first_line(error)}", "correct this variable")
-        began = time.monotonic()
-        complaint = _send(exporter)
+    try:
+        exporter = otlp_exporter(OtlpSettings.from_environment(_OTLP[name]))
+    except Exception as error:
+        return failed(ENDPOINT, f"the exporter can't be made: {first_line(error)}", "correct this variable")
+    began = time.monotonic()
+    complaint = _send(exporter)
     if complaint is None:
         return ok(ENDPOINT, f"{target} took a test span within {(time.monotonic() - began) * 1000:.0f} ms")
-    trouble = diagnosis.explain(target, " ".join([*said, complaint]))
+    trouble = diagnosis.explain(target, complaint)
     found = f"{target}: {trouble.found}"
     if not target.given and importlib.util.find_spec("vllm") is not None:
         # vLLM may be told by its command line, which can't be seen from here.
@@ -66,15 +65,15 @@ def _check(name: str) -> Finding:
     return failed(ENDPOINT, found, trouble.cure)
 
 
-def _send(exporter: SpanExporter) -> str | None:
-    """Export one span; None, or what went wrong as far as an exception says it."""
-    from opentelemetry.sdk.trace.export import SpanExportResult
+def _send(exporter: OtlpExporter) -> str | None:
+    """Export one span; None, or what went wrong."""
+    from otel_npu.relay.encoding import encode_request
+    from otel_npu.relay.outcomes import Taken
 
-    try:
-        result = exporter.export([_span()])
-    except Exception as error:
-        return first_line(error)
-    return None if result is SpanExportResult.SUCCESS else ""
+    outcome = exporter.send(encode_request([_span()]), exporter.settings.timeout_seconds)
+    if isinstance(outcome, Taken):
+        return outcome.message or "the span was rejected" if outcome.rejected else None
+    return outcome.error
 
 
 def _span() -> ReadableSpan:
@@ -93,21 +92,3 @@ def _span() -> ReadableSpan:
         start_time=now,
         end_time=now,
     )
-
-
-@contextmanager
-def _said_by_exporters() -> Iterator[list[str]]:
-    """What the exporters log: they return only that they failed."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(logging.WARNING)
-    logger = logging.getLogger("opentelemetry")
-    logger.addHandler(listener)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(listener)

@@ -29,6 +29,7 @@ _OURS: Final = (
     settings.SLOW_STEP,
     settings.HANG_SECONDS,
     settings.LOG_STAGES,
+    settings.QUEUE_BYTES,
 )
 
 

@@ -1,0 +1,158 @@
+"""What leaves together: spans that are encoded once, for all exporters, and whose loss is counted once."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from otel_npu import semconv
+from otel_npu.relay.encoding import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from otel_npu.relay.client import Account
+
+_FAST: Final = 1  # what the next levels save is not worth their time
+
+
+class Batch:
+    """Spans on their way to all exporters.
+
+    Args:
+        exporters: How many there are.
+        made: When, in seconds.
+        settled: Told once all exporters are done with it; `lost` says what became of it.
+    """
+
+    def __init__(self, exporters: int, made: float, settled: Callable[[Batch], None]) -> None:
+        self.made = made
+        self.count = 0
+        self.lost: dict[str, int] = {}
+        """By reason: of the exporter that lost most."""
+        self.drop_counts: dict[str, int] = {}
+        """The drop counts that its spans carry: if they are lost, another span has to."""
+        self.accounts: dict[Account, int] = {}
+        self.spans: list[ReadableSpan] = []
+        self.request = Request()
+        self._unsettled = exporters
+        self._settled = settled
+
+    def add(self, account: Account, spans: Sequence[ReadableSpan], encoded: Sequence[bytes], *, keep: bool) -> None:
+        """Take in spans of one client.
+
+        Args:
+            account: The client.
+            spans: Its spans.
+            encoded: The same, encoded.
+            keep: Whether there is an exporter that takes them as they are.
+        """
+        for span, content in zip(spans, encoded, strict=True):
+            self.request.add(span, content)
+            if span.name in _CARRIERS:
+                self._note_drop_counts(span)
+        if keep:
+            self.spans += spans
+        self.count += len(spans)
+        self.accounts[account] = self.accounts.get(account, 0) + len(spans)
+        account.batches.setdefault(self, account.accepted)
+        account.accepted += len(spans)
+
+    def settle(self, lost: dict[str, int]) -> None:
+        """One exporter is done with it."""
+        if sum(lost.values()) > sum(self.lost.values()):
+            self.lost = lost
+        self._unsettled -= 1
+        if not self._unsettled:
+            self._settled(self)
+
+    def _note_drop_counts(self, span: ReadableSpan) -> None:
+        prefix = semconv.DROPPED_PREFIX
+        for key, value in (span.attributes or {}).items():
+            if key.startswith(prefix) and isinstance(value, int):
+                reason = key[len(prefix) :]
+                self.drop_counts[reason] = self.drop_counts.get(reason, 0) + value
+
+
+_CARRIERS: Final = (semconv.WORKER_STEP, semconv.ENGINE_STEP)
+
+
+class Delivery:
+    """What one exporter has made of a batch so far."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._left = batch.count
+        self._lost: dict[str, int] = {}
+
+    def settle(self, count: int, lost: dict[str, int]) -> None:
+        """So many of its spans are dealt with; some of them, by reason, lost."""
+        self._left -= count
+        for reason, number in lost.items():
+            self._lost[reason] = self._lost.get(reason, 0) + number
+        if not self._left:
+            self._batch.settle(self._lost)
+
+
+class Load:
+    """A batch, or a part of one, that waits for one exporter or is under way to it.
+
+    Args:
+        delivery: What it is a part of.
+        made: When its batch was made, in seconds.
+        count: How many spans.
+        body: The request, encoded.
+        spans: The spans themselves, where the exporter takes those.
+    """
+
+    def __init__(
+        self, delivery: Delivery, made: float, count: int, body: bytes, spans: Sequence[ReadableSpan] = ()
+    ) -> None:
+        self.delivery = delivery
+        self.made = made
+        self.count = count
+        self.spans = spans
+        self.tries = 0
+        self.packed = False
+        self._content = body
+
+    @property
+    def size(self) -> int:
+        """How many bytes it holds."""
+        return len(self._content)
+
+    @property
+    def body(self) -> bytes:
+        """The request, encoded."""
+        return zlib.decompress(self._content) if self.packed else self._content
+
+    def packing(self) -> bytes:
+        """Its packed form."""
+        return zlib.compress(self._content, _FAST)
+
+    def pack(self, packed: bytes) -> None:
+        """Hold its packed form: it has to wait."""
+        if not self.packed:
+            self._content, self.packed = packed, True
+
+    def halves(self) -> list[Load]:
+        """The same spans, in two requests."""
+        halves = [ExportTraceServiceRequest.FromString(self.body) for _ in range(2)]
+        for index, half in enumerate(halves):
+            place = 0
+            for resource_spans in half.resource_spans:
+                for scope_spans in resource_spans.scope_spans:
+                    spans = list(scope_spans.spans)
+                    del scope_spans.spans[:]
+                    kept = [span for at, span in enumerate(spans, place) if (at >= self.count // 2) == bool(index)]
+                    scope_spans.spans.extend(kept)
+                    place += len(spans)
+        counts = self.count // 2, self.count - self.count // 2
+        return [
+            Load(self.delivery, self.made, count, half.SerializeToString())
+            for count, half in zip(counts, halves, strict=True)
+        ]
