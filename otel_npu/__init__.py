@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from otel_npu import loading
 from otel_npu._version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(home), name)
+    with loading.lock:
+        value = globals()[name] = getattr(importlib.import_module(home), name)
     return value
 
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 import threading
 from typing import Final
 
+from otel_npu import semconv
+
 REPORT_SECONDS: Final = 60.0
+_LOST: Final = frozenset({semconv.BACKLOG_FULL, semconv.BAD_FRAME, semconv.RELAY_LOST})
 
 
 class Drops:
-    """Counts by reason (`semconv.DROP_REASONS`), for any thread."""
+    """Counts by reason (`semconv.DROP_REASONS`), for any thread, and for a signal handler in the midst of it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._unsent: dict[str, int] = {}
         self._unlogged: dict[str, int] = {}
+        self.lost = 0
+        """How much of what was captured did not reach the relay."""
 
     def add(self, reason: str, count: int = 1) -> None:
         """Count something that was left out."""
         with self._lock:
             self._unsent[reason] = self._unsent.get(reason, 0) + count
             self._unlogged[reason] = self._unlogged.get(reason, 0) + count
+            if reason in _LOST:
+                self.lost += count
 
     def put_back(self, counts: dict[str, int]) -> None:
         """What was taken to be sent did not arrive: it goes with the next frame."""

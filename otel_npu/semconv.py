@@ -265,10 +265,12 @@ STREAM_CAPTURED: Final = "stream_captured"
 STEP_TOO_LARGE: Final = "step_too_large"
 STEP_TOO_DEEP: Final = "step_too_deep"
 REENTERED: Final = "reentered"
+INTERRUPTED: Final = "interrupted"
 BACKLOG_FULL: Final = "backlog_full"
 TIMES_UNREADABLE: Final = "times_unreadable"
 PING_UNANSWERED: Final = "ping_unanswered"
 BAD_ATTRIBUTE: Final = "bad_attribute"
+ATTRIBUTE_TOO_LARGE: Final = "attribute_too_large"
 TOO_MANY_LINKS: Final = "too_many_links"
 BAD_LINK: Final = "bad_link"
 TOO_MANY_SLOW: Final = "too_many_slow"
@@ -290,6 +292,7 @@ DROP_REASONS: Final = (
     Term(STEP_TOO_LARGE, "{stage}", "More stages than one step holds. Not recorded."),
     Term(STEP_TOO_DEEP, "{step}", "Steps opened inside one another too deeply. Not recorded."),
     Term(REENTERED, "", "A stage or step object was entered again while open. Not recorded."),
+    Term(INTERRUPTED, "", "A signal handler of the program's raised while a stage or a step was entered or left."),
     Term(
         BACKLOG_FULL,
         "{frame}",
@@ -298,6 +301,7 @@ DROP_REASONS: Final = (
     Term(TIMES_UNREADABLE, "{stage}", "The device's times could not be read. Host-timed instead."),
     Term(PING_UNANSWERED, "{ping}", "A device did not answer a look at its clock in time, or with an error."),
     Term(BAD_ATTRIBUTE, "{attribute}", "Not a string, number, flag or a list of one of these."),
+    Term(ATTRIBUTE_TOO_LARGE, "{attribute}", "The largest attributes of a step that is too large for a packet."),
     Term(BAD_LINK, "{link}", "An entry of `requests` that is neither a traceparent nor a span context."),
     Term(TOO_MANY_LINKS, "{link}", "More requests than a step can be linked to."),
     Term(TOO_MANY_SLOW, "{step}", "Slow steps beyond the few a second that are kept for it. Their times are counted."),

@@ -75,7 +75,7 @@ simulator.truth_start(2 * len(STAGES) * STEPS + 1000)  # and some pings, on a st
 for number in range(STEPS):
     step()
     if MODE != "manual clock" and number % 20 == 0:
-        pending = switch.current_recorder().local.state.pending
+        pending = switch.current_recorder().local.thread.pending
         while pending:  # never more at once than the pool has events for
             time.sleep(0.0005)
 if MODE == "manual clock":
@@ -195,23 +195,24 @@ def test_resolving_does_not_wait_for_a_task_that_holds_up_the_queue(ascend: Simu
     otel_npu.enable(otel_npu.Settings(export="inprocess", steps_per_second=0))
     recorder = switch.current_recorder()
     assert recorder is not None
-    state = recorder.local.state
+    thread = recorder.local.thread
     held = torch.npu.current_stream().npu_stream
     backlog = ascend.hold(held)
-    with state.lock:  # nobody resolves meanwhile
-        for _ in range(20):
-            with otel_npu.step("decode"), otel_npu.stage("forward"):
-                torch.npu._sleep(1000)
-        assert torch.npu.current_stream().npu_stream == held
-        ascend.release(backlog)
-        torch.npu.synchronize()
-        ascend.configure(dispatch_delay_ns=300_000_000)
-        slow = torch.Event(device="npu", enable_timing=True)
-        slow.record()
-        assert recorder._resolver.resolve(state, 100) == 20
-        assert ascend.count("live_events") >= 40
-        # The slow task is still being dispatched, so nothing has waited for it.
-        assert not slow.query()
+    thread.busy = True  # nobody resolves meanwhile
+    for _ in range(20):
+        with otel_npu.step("decode"), otel_npu.stage("forward"):
+            torch.npu._sleep(1000)
+    assert torch.npu.current_stream().npu_stream == held
+    ascend.release(backlog)
+    torch.npu.synchronize()
+    ascend.configure(dispatch_delay_ns=300_000_000)
+    slow = torch.Event(device="npu", enable_timing=True)
+    slow.record()
+    assert recorder._resolver.resolve(thread, 100) == 20
+    assert ascend.count("live_events") >= 40
+    # The slow task is still being dispatched, so nothing has waited for it.
+    assert not slow.query()
+    thread.busy = False
     ascend.configure(dispatch_delay_ns=0)
     torch.npu.synchronize()
 

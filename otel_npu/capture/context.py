@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import random
 import re
@@ -16,6 +17,10 @@ _MAX_KINDS: Final = 64
 # Version ff is none, and version 00 ends after the flags; what a later one adds there is not for us.
 _TRACEPARENT: Final = re.compile(r"(?!ff)(?!00.{53}.)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED: Final = 0x01
+
+open_step: contextvars.ContextVar[Any] = contextvars.ContextVar("otel_npu.step", default=None)
+"""The innermost step that was opened here. Of the context, not of the thread: tasks that share a thread have steps of
+their own. It may be closed by now; then the steps around it count."""
 
 
 class Ids(NamedTuple):

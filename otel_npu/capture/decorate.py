@@ -1,4 +1,4 @@
-"""A stage round every call of a function."""
+"""A stage round every call of a function, and round every iteration of a generator."""
 
 from __future__ import annotations
 
@@ -23,11 +23,28 @@ class AnyStage(Protocol):
     ) -> None: ...
 
     def __call__(self, function: _F, /) -> _F:
-        """Decorate a function or coroutine function."""
+        """Decorate a function, a coroutine function, or a generator function of either kind."""
 
 
-def decorate(function: _F, new_stage: Callable[[], Any]) -> _F:
-    """The function, or coroutine function, with each call inside a new stage."""
+class _Maker:
+    """Makes stages, on or off as tracing is at the time; `switch`, which knows, puts its way in here."""
+
+    make: Callable[..., Any]
+
+
+maker = _Maker()
+
+
+def again(name: str, attributes: dict[str, Any]) -> Any:
+    """A stage of this name, whether tracing is on or off now: each call of what is decorated has one of its own."""
+    return maker.make(name, **attributes)
+
+
+def decorate(function: _F, name: str, attributes: dict[str, Any]) -> _F:
+    """The function with each call inside a new stage; of a generator the whole of its iteration."""
+    new_stage = functools.partial(again, name, attributes)
+    if inspect.isasyncgenfunction(function):
+        return cast("_F", _async_generator(function, new_stage))
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
@@ -36,6 +53,14 @@ def decorate(function: _F, new_stage: Callable[[], Any]) -> _F:
                 return await function(*args, **kwargs)
 
         return cast("_F", staged_coroutine)
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def staged_generator(*args: Any, **kwargs: Any) -> Any:
+            with new_stage():
+                return (yield from function(*args, **kwargs))
+
+        return cast("_F", staged_generator)
 
     @functools.wraps(function)
     def staged(*args: Any, **kwargs: Any) -> Any:
@@ -43,3 +68,26 @@ def decorate(function: _F, new_stage: Callable[[], Any]) -> _F:
             return function(*args, **kwargs)
 
     return cast("_F", staged)
+
+
+def _async_generator(function: Callable[..., Any], new_stage: Callable[[], Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def staged_async_generator(*args: Any, **kwargs: Any) -> Any:
+        with new_stage():
+            generator = function(*args, **kwargs)
+            try:
+                value = await generator.__anext__()
+                while True:
+                    try:
+                        sent = yield value
+                    except GeneratorExit:
+                        await generator.aclose()
+                        raise
+                    except BaseException as error:
+                        value = await generator.athrow(error)
+                    else:
+                        value = await generator.asend(sent)
+            except StopAsyncIteration:
+                return
+
+    return staged_async_generator

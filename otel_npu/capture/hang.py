@@ -6,23 +6,24 @@ import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from otel_npu.capture import context
+from otel_npu.capture import arguments, context
 from otel_npu.capture.resolver import give_up
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from otel_npu.capture.stages import Stage
-    from otel_npu.capture.steps import Step, ThreadState
+    from collections.abc import Callable
+
+    from otel_npu.capture.records import StageRecord, StepRecord
+    from otel_npu.capture.shared import Thread
     from otel_npu.drops import Drops
     from otel_npu.settings import Settings
-    from otel_npu.wire.channel import Channel
 
 _log = logging.getLogger("otel_npu")
 
 
-def watch(state: ThreadState, settings: Settings, channel: Channel, drops: Drops) -> None:
-    """Report the thread's oldest step if a stage in it has been unfinished for too long. Hold the state's lock."""
-    step = state.pending[0] if state.pending else state.step
+def watch(thread: Thread, settings: Settings, drops: Drops, send: Callable[[frames.Frame], None]) -> None:
+    """Report the thread's oldest step if a stage in it has been unfinished for too long. Hold the thread's lock."""
+    step: StepRecord | None = thread.pending[0] if thread.pending else next(iter(list(thread.open.values())), None)
     if step is None or step.hang_reported:
         return
     now_ns = perf_counter_ns()
@@ -42,31 +43,31 @@ def watch(state: ThreadState, settings: Settings, channel: Channel, drops: Drops
     )
     if step.ids is None:
         step.ids = context.new_root() if settings.root_traces else context.NO_IDS
-    channel.send(frames.encode(_unfinished_frame(step, step.ids, stage, now_ns)))
+    send(_unfinished_frame(step, step.ids, stage, now_ns))
     if step.closed_ns > 0 and not stage.exited_ns:
         give_up(step, drops)  # its step is over and its exit will never come; do not hold up the others
         step.hang_reported = False  # and there will be no word that it has finished after all
 
 
-def _unfinished_frame(step: Step, ids: context.Ids, stage: Stage, now_ns: int) -> frames.Unfinished:
+def _unfinished_frame(step: StepRecord, ids: context.Ids, stage: StageRecord, now_ns: int) -> frames.Unfinished:
     return frames.Unfinished(
         ids.trace_id,
         ids.parent_span_id if step.bare else ids.span_id,
         step.number,
-        step.kind,
-        stage.name,
+        arguments.text(step.kind),
+        arguments.text(stage.name),
         stage.entered_ns,
         now_ns,
         stage.stream.device_index,
-        step.rank.number,
+        step.rank[0],
         ids.span_id,
-        b"" if step.rank.number < 0 else ids.parent_span_id,
+        b"" if step.rank[0] < 0 else ids.parent_span_id,
     )
 
 
-def _unfinished(step: Step) -> Stage | None:
+def _unfinished(step: StepRecord) -> StageRecord | None:
     """The innermost of the first stages that have not ended."""
-    found: Stage | None = None
+    found: StageRecord | None = None
     for stage in list(step.stages):
         inside = found is None or not found.exited_ns or 0 < stage.exited_ns <= found.exited_ns
         if inside and not _ended(stage):
@@ -74,7 +75,7 @@ def _unfinished(step: Step) -> Stage | None:
     return found
 
 
-def _ended(stage: Stage) -> bool:
+def _ended(stage: StageRecord) -> bool:
     if not stage.exited_ns:
         return False
     return stage.pair is None or bool(stage.pair.end.query())

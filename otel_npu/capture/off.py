@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from otel_npu.capture.decorate import decorate
+from otel_npu.capture.decorate import again, decorate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,10 +15,9 @@ _F = TypeVar("_F", bound="Callable[..., Any]")
 class OffStage:
     """Does nothing as a context manager. As a decorator it asks again at each call, so that enabling later works."""
 
-    __slots__ = ("_again", "_attributes", "_name")
+    __slots__ = ("_attributes", "_name")
 
-    def __init__(self, again: Callable[..., Any], name: str, attributes: dict[str, Any]) -> None:
-        self._again = again
+    def __init__(self, name: str, attributes: dict[str, Any]) -> None:
         self._name = name
         self._attributes = attributes
 
@@ -30,8 +28,12 @@ class OffStage:
         pass
 
     def __call__(self, function: _F) -> _F:
-        """Decorate a function or coroutine function."""
-        return decorate(function, functools.partial(self._again, self._name, **self._attributes))
+        """Decorate a function, a coroutine function, or a generator function of either kind."""
+        return decorate(function, self._name, self._attributes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is what `stage()` gives where it is made."""
+        return again, (self._name, self._attributes)
 
 
 class OffStep:

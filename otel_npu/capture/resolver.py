@@ -1,30 +1,35 @@
-"""Deferred resolution: a step that the device has finished is read, turned into a frame and sent.
+"""Deferred resolution: steps that the device has finished are read, made into frames, and sent in one packet.
 
-Nothing here waits for the device. A step that is not done is left for the next time.
+Nothing here waits for the device. A step that is not done is left for the next time. Between two steps a server runs
+millions of instructions, so what is run here once is always cold: it is run for several steps at a time, each part of
+it for all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
-from otel_npu.capture import context
+from otel_npu.capture import arguments, context
+from otel_npu.capture.interrupts import from_outside
+from otel_npu.capture.records import abandoned, pack
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from otel_npu.capture.stages import Stage
-    from otel_npu.capture.steps import Step, ThreadState
+    from otel_npu.capture.records import StageRecord, StepRecord
+    from otel_npu.capture.shared import Thread
     from otel_npu.devices.pair import Pair
     from otel_npu.drops import Drops
     from otel_npu.wire.channel import Channel
 
 _log = logging.getLogger("otel_npu")
 
-MAX_TEXT: Final = 4096
+_DROPS_BYTES: Final = 1024  # of the drop counts that may go with a step
+_MAP_BYTES: Final = 2  # of a map, beyond the one entry
 MAX_LINKS: Final = 4096  # of one step: its frame has to fit into a packet
-_INT64: Final = 1 << 63
 
 
 class Resolver:
@@ -41,135 +46,174 @@ class Resolver:
         self._drops = drops
         self._log_stages = log_stages
 
-    def resolve(self, state: ThreadState, most: int) -> int:
-        """Resolve up to so many of the thread's oldest steps; how many were done. Hold the state's lock."""
-        pending = state.pending
-        resolved = 0
-        while pending and resolved < most:
-            step = pending[0]
+    def resolve(self, thread: Thread, most: int) -> int:
+        """Resolve up to so many of the thread's oldest steps; how many were done. Hold the thread's lock."""
+        pending = thread.pending
+        steps: list[StepRecord] = list(itertools.islice(pending, self._finished(pending, most)))
+        if not steps:
+            return 0
+        try:
+            for _ in steps:
+                pending.popleft()
+            seen_ns = perf_counter_ns()
+            for step in steps:
+                self._read(step.stages)
+            self._send(steps, seen_ns)
+        except BaseException as error:
+            self._lose(steps, pending, error)
+            raise
+        for step in steps:
+            if self._log_stages and not step.bare:
+                log_line(step)
+            if step.hang_reported:
+                tell_finished(step, seen_ns)
+            step.stages = []  # they refer to each other; let them go without the garbage collector
+        return len(steps)
+
+    def _lose(self, steps: list[StepRecord], pending: Any, error: BaseException) -> None:
+        """Steps that could not be resolved must not be in the way of the next ones."""
+        for step in steps:
+            if pending and pending[0] is step:
+                pending.popleft()
+            give_up(step, self._drops)
+        self._drops.lost += len(steps)
+        if from_outside(error):
+            self._drops.add(semconv.INTERRUPTED, len(steps))
+
+    def _finished(self, pending: Any, most: int) -> int:
+        """How many of the oldest steps are done.
+
+        A stream works in order. So the newest is asked first, and if it is done, so is all that was before it on its
+        streams: mostly this is one query for all of them.
+        """
+        looked_at = min(most, len(pending))
+        done_on: set[int] = set()
+        done = [False] * looked_at
+        for index in reversed(range(looked_at)):
+            step = pending[index]
             try:
-                if not step.ready():
-                    break
-            except Exception:  # a device that fails a query fails the model too, and says so there
+                done[index] = _done(step, done_on, self._drops)
+            except Exception as error:  # a device that fails a query fails the model too, and says so there
+                if from_outside(error):
+                    raise
                 _log.debug("a query failed", exc_info=True)
                 give_up(step, self._drops)
-            pending.popleft()
-            self._finish(step)
-            resolved += 1
-        return resolved
+                done[index] = True
+        return done.index(False) if False in done else looked_at
 
-    def _finish(self, step: Step) -> None:
-        seen_ns = perf_counter_ns()
-        stages = step.stages
-        timed = []
+    def _read(self, stages: list[StageRecord]) -> None:
+        """Give a step's stages their times, and their pairs back to the pool."""
+        pairs: list[Pair] = []
+        timed: list[StageRecord] = []
+        pool = None
         for stage in stages:
-            if stage.pair is None:
+            pair = stage.pair
+            if pair is None:
                 # Host-timed, unless somebody has waited for it.
                 stage.device_ns = getattr(stage, "device_ns", None)
                 stage.duration_ns = getattr(stage, "duration_ns", None)
-            else:
-                timed.append(stage)
-        if timed:
-            if step.one_stream:
-                self._read(timed)
-            else:
-                pools: dict[int, list[Stage]] = {}
-                for stage in timed:
-                    pools.setdefault(id(_pair(stage).pool), []).append(stage)
-                for group in pools.values():
-                    self._read(group)
-        frame = self._frame(step, seen_ns)
-        self._channel.send(frames.encode(frame), frame.dropped)
-        if self._log_stages and not step.bare:
-            _log_line(step)
-        if step.hang_reported:
-            _log.warning(
-                "step %d (%s) has finished after all, %.1f s after it began",
-                step.number,
-                step.kind or "step",
-                (seen_ns - step.opened_ns) * 1e-9,
-            )
-        # The step and its stages refer to each other; let them go without the garbage collector.
-        step.stages = []
-        step.last = None
+                continue
+            if pool is not None and pair.pool is not pool:
+                self._read_pairs(timed, pairs)
+                timed, pairs = [], []
+            pool = pair.pool
+            pairs.append(pair)
+            timed.append(stage)
+        if pairs:
+            self._read_pairs(timed, pairs)
 
-    def _read(self, timed: list[Stage]) -> None:
-        """Give stages of one device their times, and their pairs back to the pool."""
-        pairs = [_pair(stage) for stage in timed]
+    def _read_pairs(self, timed: list[StageRecord], pairs: list[Pair]) -> None:
+        """The same for stages of one device."""
         pool = pairs[0].pool
-        read = pool.device.read
+        device = pool.device
         try:
-            times: list[Any] = read(pool.device_index, pairs)
-        except Exception:
+            times: list[Any] = device.read(pool.device_index, pairs)
+        except Exception as error:
+            if from_outside(error):
+                raise
             _log.debug("reading %d event pairs failed", len(pairs), exc_info=True)
-            times = []
-            for pair in pairs:  # one bad event must not cost the others their times
-                try:
-                    times += read(pool.device_index, [pair])
-                except Exception:
-                    times.append(None)
-        unreadable = 0
-        host_clock = pool.device.host_clock
+            times = [self._time(pair) for pair in pairs]  # one bad event must not cost the others their times
+        host_clock = device.host_clock
         for stage, time in zip(timed, times, strict=True):
             # An end before its start is an old timing: the end was recorded into a graph.
             if time is None or time[1] < 0:
-                unreadable += 1
+                self._drops.add(semconv.TIMES_UNREADABLE)
                 stage.device_ns = stage.duration_ns = None
             else:
                 stage.device_ns = None if host_clock else time[0]
                 stage.duration_ns = time[1]
-        if unreadable:
-            self._drops.add(semconv.TIMES_UNREADABLE, unreadable)
-        for stage in timed:
             stage.pair = None
         pool.free.extend(pairs)
 
-    def _frame(self, step: Step, seen_ns: int) -> frames.Step:
-        stages: list[frames.Stage] = []
-        around: list[int] = []  # the stages, by index, that the next one may lie in
-        for index, stage in enumerate(step.stages):
-            exited_ns = stage.exited_ns
-            while around and stages[around[-1]].exited_ns <= stage.entered_ns:
-                around.pop()
-            # Tasks of one thread may overlap without one being in the other.
-            parent = next((outer for outer in reversed(around) if stages[outer].exited_ns >= exited_ns), -1)
-            around.append(index)
-            stages.append(
-                frames.Stage(
-                    stage.name,
-                    parent,
-                    stage.entered_ns,
-                    exited_ns,
-                    stage.device_ns,
-                    exited_ns - stage.entered_ns if stage.duration_ns is None else stage.duration_ns,
-                    stage.stream.device_index,
-                    stage.stream.stream_id,
-                    None if stage.error is None else stage.error.__qualname__,
-                    self._attributes(stage.attributes) if stage.attributes else None,
-                )
-            )
-        ids = step.ids or context.NO_IDS
-        return frames.Step(
-            ids.trace_id,
-            ids.span_id,
-            ids.parent_span_id,
-            step.bare,
-            step.rank.number,
-            step.rank.returns_output,
-            step.number,
-            step.kind,
-            step.opened_ns,
-            step.closed_ns,
-            seen_ns,
-            None if step.error is None else step.error.__qualname__,
-            self._attributes(step.attributes) if step.attributes else None,
-            self._links(step) if step.requests and ids.kept else [],
-            self._drops.take_unsent(),
-            stages,
-            ids.kept,
-        )
+    def _time(self, pair: Pair) -> tuple[int, int] | None:
+        try:
+            return pair.pool.device.read(pair.pool.device_index, [pair])[0]
+        except Exception as error:
+            if from_outside(error):
+                raise
+            return None
 
-    def _links(self, step: Step) -> list[bytes]:
+    def _send(self, steps: list[StepRecord], seen_ns: int, *, shrunk: bool = False) -> None:
+        """Send steps in one packet, or in as many as they need; one that can't be sent costs no other."""
+        dropped = self._drops.take_unsent()
+        packet = b""
+        try:
+            packet = self._pack(steps, seen_ns, dropped)
+        except Exception as error:
+            if from_outside(error):
+                raise
+            _log.debug("%d steps could not be encoded", len(steps), exc_info=True)
+        if packet and (shrunk or len(packet) <= frames.MAX_FRAME_BYTES):
+            self._channel.send(packet, dropped)
+            return
+        self._drops.put_back(dropped)
+        if len(steps) > 1:
+            half = len(steps) // 2
+            self._send(steps[:half], seen_ns)
+            self._send(steps[half:], seen_ns)
+        elif packet:
+            self._shrink(steps[0])
+            self._send(steps, seen_ns, shrunk=True)
+        else:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            self._drops.lost += 1
+
+    def _shrink(self, step: StepRecord) -> None:
+        """Take the largest attributes from a step that is too large for a packet, until it fits.
+
+        Where that is not enough, names are cut: each of a thousand stages may have so many bytes, and no more.
+        """
+        holders: list[Any] = [step, *step.stages]
+        given = [holder.attributes or {} for holder in holders]
+        for holder in holders:
+            holder.attributes = {}
+        over = self._size(step) - frames.MAX_FRAME_BYTES
+        if over > 0:
+            most = max(8, arguments.MAX_NAME - 1 - over // max(1, len(step.stages)))
+            for stage in step.stages:
+                stage.name = arguments.text(stage.name).encode()[:most].decode(errors="ignore")
+        room = frames.MAX_FRAME_BYTES - self._size(step)
+        sizes = sorted(
+            (len(frames.encode({key: value})) + _MAP_BYTES, index, key)
+            for index, attributes in enumerate(given)
+            for key, value in attributes.items()
+        )
+        for size, index, key in sizes:
+            room -= size
+            if room < 0:
+                self._drops.add(semconv.ATTRIBUTE_TOO_LARGE)
+            else:
+                holders[index].attributes[key] = given[index][key]
+
+    def _size(self, step: StepRecord) -> int:
+        return len(self._pack([step], 1 << 62, {})) + _DROPS_BYTES
+
+    def _pack(self, steps: list[StepRecord], seen_ns: int, dropped: dict[str, int]) -> bytes:
+        return pack(steps, seen_ns, dropped, arguments.text, frames.encode, self._links)
+
+    def _links(self, step: StepRecord) -> list[bytes]:
+        if step.ids is None or not step.ids.kept:
+            return []
         over = len(step.requests) - MAX_LINKS
         if over > 0:
             self._drops.add(semconv.TOO_MANY_LINKS, over)
@@ -179,64 +223,80 @@ class Resolver:
             self._drops.add(semconv.BAD_LINK, len(links) - len(good))
         return [link for link in good if link[-1] & context.SAMPLED]  # to spans that are kept alone
 
-    def _attributes(self, attributes: dict[str, Any]) -> frames.Attributes:
-        good: frames.Attributes = {}
-        for key, value in attributes.items():
-            clean = _clean(value)
-            if clean is None:
-                self._drops.add(semconv.BAD_ATTRIBUTE)
-            else:
-                good[key] = clean
-        return good
+
+_NONE: Final[dict[str, int]] = {}
 
 
-def _pair(stage: Stage) -> Pair:
-    assert stage.pair is not None
-    return stage.pair
+def _done(step: StepRecord, done_on: set[int], drops: Drops) -> bool:
+    """Whether every stage has ended, on the host and on the device: one query a stream.
+
+    Args:
+        step: A step that is closed.
+        done_on: The streams, by identity, of which something later than the step is done; its own are added.
+        drops: Where a stage is counted whose end never comes.
+    """
+    stages = step.stages
+    last: dict[int, Pair] = {}
+    latest: dict[int, int] = {}
+    for index, stage in enumerate(stages):
+        exited_ns = stage.exited_ns
+        if not exited_ns:
+            if not abandoned(stages, index):
+                return False
+            drops.add(semconv.INTERRUPTED)
+            let_go(stage, step.closed_ns, drops)
+        elif stage.pair is not None:
+            stream = id(stage.stream)
+            if stream not in done_on and exited_ns >= latest.get(stream, 0):
+                last[stream] = stage.pair
+                latest[stream] = exited_ns
+    for stream, pair in last.items():
+        if not pair.end.query():
+            return False
+        done_on.add(stream)
+    return True
 
 
-def give_up(step: Step, drops: Drops) -> None:
+def let_go(stage: StageRecord, closed_ns: int, drops: Drops) -> None:
+    """End a stage whose exit will not come, with host times alone."""
+    stage.error = None
+    stage.exited_ns = max(closed_ns, stage.entered_ns)
+    pair, stage.pair = stage.pair, None
+    if pair is not None:
+        pair.pool.free.append(pair)
+        drops.add(semconv.TIMES_UNREADABLE)
+
+
+def give_up(step: StepRecord, drops: Drops) -> None:
     """Let the step go with its host times: its events can't be asked, or a stage of it never ends."""
     for stage in step.stages:
         if not stage.exited_ns:
-            stage.exited_ns = max(step.closed_ns, stage.entered_ns)
-            stage.step = None  # its exit, should it come, finds nothing to do
-            stage.error = None
+            let_go(stage, step.closed_ns, drops)
+            if hasattr(stage, "step"):
+                stage.step = None  # its exit, should it come, finds nothing to do
         if stage.pair is not None:
             stage.pair.pool.free.append(stage.pair)
             stage.pair = None
             drops.add(semconv.TIMES_UNREADABLE)
 
 
-def _clean(value: Any) -> frames.AttributeValue | None:
-    """The value if a span can carry it. Nothing else is converted: `str()` of a tensor waits for the device."""
-    if isinstance(value, str):
-        text = value[:MAX_TEXT]
-        return text if text.isascii() or _encodable(text) else None
-    if isinstance(value, bool | float):
-        # What is derived from a float, such as numpy's, the encoder does not take.
-        return value if isinstance(value, bool) else float(value)
-    if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else None
-    if isinstance(value, list | tuple):
-        items = [_clean(item) for item in value]
-        if len({type(item) for item in items}) == 1 and not isinstance(items[0], list | None):
-            return items  # type: ignore[return-value]
-        return [] if not items else None
-    return None
+def tell_finished(step: StepRecord, seen_ns: int) -> None:
+    """Say of a step that was reported as unfinished that it is not."""
+    _log.warning(
+        "step %d (%s) has finished after all, %.1f s after it began",
+        step.number,
+        step.kind or "step",
+        (seen_ns - step.opened_ns) * 1e-9,
+    )
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
-
-
-def _log_line(step: Step) -> None:
+def log_line(step: StepRecord) -> None:
+    """The line that `ProfileExecuteDuration` printed, from what was measured."""
     durations: dict[str, int] = {}
-    for stage in reversed(step.stages):  # the last first and by the engine's own names, as vllm-ascend printed them
+    stages = step.stages
+    if step.rank.number >= 0:
+        stages = stages[::-1]  # vllm-ascend printed the last first, and by its own names
+    for stage in stages:
         duration_ns = stage.exited_ns - stage.entered_ns if stage.duration_ns is None else stage.duration_ns
         name = stage.attributes.get(semconv.RAW_NAME, stage.name)
         durations[name] = durations.get(name, 0) + duration_ns

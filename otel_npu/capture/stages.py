@@ -1,137 +1,46 @@
-"""The hot path: what happens in the model's thread when a stage begins and ends.
-
-A stage costs two event records and as little besides as Python allows: no lock, no encoding, one look-up of the
-current stream. What happens seldom stands in methods that the hot path calls out to.
-"""
+"""What happens seldom when a stage begins and ends: the hot path itself is `plain.py`, or the extension module."""
 
 from __future__ import annotations
 
-import copy
-import functools
+import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from otel_npu import semconv
-from otel_npu.capture.decorate import decorate
-from otel_npu.capture.steps import MAX_STAGES, Step
+from otel_npu.capture.context import open_step
+from otel_npu.capture.decorate import again, decorate
+from otel_npu.capture.interrupts import from_outside
+from otel_npu.capture.records import STAGE_FIELDS, StageRecord
+from otel_npu.capture.steps import Step, enclosing
 from otel_npu.devices.cpu import HOST_STREAM
+from otel_npu.wire.frames import MAX_STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
-    from otel_npu.capture.recorder import Local
-    from otel_npu.capture.steps import ThreadState
-    from otel_npu.devices.pair import Pair
+    from otel_npu.capture.shared import Capture
+    from otel_npu.devices.pair import Pair, Stream
+
+_log = logging.getLogger("otel_npu")
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
-_new = object.__new__
 
+class Stage(StageRecord):
+    """One use of a stage: entered once, exited once, then resolved. As a decorator it makes a new one each call."""
 
-class Stage:
-    """One use of a stage: entered once, exited once, then resolved. As a decorator it makes a new one each call.
+    __slots__ = ()
 
-    Attributes:
-        step: The step it belongs to; None before it is entered, and for a stage that is left out.
-        pair: Its events; None where only the host times it, and once it is resolved.
-        entered_ns: Host time just before the start event was recorded.
-        exited_ns: Host time just before the end event was recorded; 0 while the stage is open.
-        device_ns: Set when it is resolved: start on the device's own clock, None where only the host timed it.
-        duration_ns: Set when it is resolved.
-    """
-
-    __slots__ = (
-        "attributes",
-        "device_ns",
-        "duration_ns",
-        "entered_ns",
-        "error",
-        "exited_ns",
-        "local",
-        "name",
-        "pair",
-        "step",
-        "stream",
-    )
-
-    attributes: dict[str, Any]
-    device_ns: int | None
-    duration_ns: int | None
-    entered_ns: int
-    error: type[BaseException] | None
-    exited_ns: int
-    local: Local
-    name: str
-    pair: Pair | None
+    capture: Capture
     step: Step | None
-    stream: Any
-
-    def __enter__(self) -> None:
-        if self.step is not None and not self._enter_again():
-            return
-        try:
-            state = self.local.state
-            step = state.step
-            if step is None:
-                step = Step(state.recorder, self.name, bare=True)
-                step.open_in(state)
-            key = state.current_stream_key()
-            if key != state.stream_key:
-                state.change_stream(key)
-            pair: Pair | None
-            try:
-                pair = state.free.pop()
-            except IndexError:
-                if len(step.stages) >= MAX_STAGES:
-                    self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
-                    return
-                pair = state.another_pair()
-            if state.side_stream and state.capturing():
-                self._leave_out(state, step, pair, semconv.STREAM_CAPTURED)
-                return
-            self.step = step
-            self.pair = pair
-            self.stream = stream = state.stream
-            self.exited_ns = 0
-            step.stages.append(self)
-            self.entered_ns = perf_counter_ns()
-        except Exception:
-            self._fault()
-            return
-        if pair is not None:
-            try:
-                pair.record_start(stream)
-            except BaseException:
-                self._start_failed(step)
-                raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        step = self.step
-        if step is None:
-            return
-        exited_ns = perf_counter_ns()
-        self.error = kind
-        pair = self.pair
-        if pair is not None:
-            try:
-                pair.record_end(self.stream)
-            except BaseException:
-                self.exited_ns = exited_ns
-                self._end_failed(step)
-                raise
-            step.last = self
-        self.exited_ns = exited_ns  # last: from here on the idle thread may find the stage done
-        if step.bare and step.stages and step.stages[0] is self:
-            step.close()
 
     def __call__(self, function: _F) -> _F:
-        """Decorate a function or coroutine function."""
-        from otel_npu.capture import switch
+        """Decorate a function, a coroutine function, or a generator function of either kind."""
+        return decorate(function, self.name, self.attributes)
 
-        return decorate(function, functools.partial(switch.stage, self.name, **self.attributes))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is a stage like any other of this name; what this one has measured is its own."""
+        return again, (self.name, self.attributes)
 
     def wait(self) -> int:
         """Wait until the device has finished this stage, which has been left; its duration in nanoseconds."""
@@ -141,7 +50,7 @@ class Stage:
         pair = self.pair
         if pair is not None:
             pair.end.synchronize()  # without the lock: if it hangs, the hang watch has to get at it
-        with step.state.lock:
+        with step.thread.lock:
             pair = self.pair  # it may have been resolved meanwhile
             if pair is not None:
                 self._read_alone(step, pair)
@@ -155,60 +64,109 @@ class Stage:
             ((device_ns, self.duration_ns),) = pool.device.read(pool.device_index, [pair])
             self.device_ns = None if pool.device.host_clock else device_ns
         except (OSError, RuntimeError):
-            step.recorder.drops.add(semconv.TIMES_UNREADABLE)
+            step.capture.drops.add(semconv.TIMES_UNREADABLE)
         self.pair = None
         pool.free.append(pair)
 
-    def _leave_out(self, state: ThreadState, step: Step, pair: Pair | None, reason: str) -> None:
-        state.recorder.drops.add(reason)
-        if pair is not None:
-            state.free.append(pair)
-        if step.bare and not step.stages:
-            state.step = None
-        self.pair = None
-        LeftOut(self)
+    def _step(self, around: Step | None) -> Step | None:
+        """The step that is open here; where there is none, a stage is a step of its own."""
+        step = None if around is None else enclosing(around, self.capture)
+        if step is None:
+            step = Step(self.capture, self.name, bare=True)
+            step.open()
+        return step
 
-    def _enter_again(self) -> bool:
-        """Make room for another use of the same object; False if the one before is still open."""
-        step = self.step
-        if isinstance(step, LeftOut) or not self.exited_ns:
-            self.local.state.recorder.drops.add(semconv.REENTERED)
-            if isinstance(step, LeftOut):
-                step.entered += 1
-            else:
-                LeftOut(self)
-            return False
-        assert step is not None
-        with step.state.lock:  # the step of the use before may be about to be resolved
-            if self in step.stages:
-                step.stages[step.stages.index(self)] = copy.copy(self)
-        self.step = self.pair = self.device_ns = self.duration_ns = None
-        return True
+    def _too_many(self) -> None:
+        raise _LeftOutError(semconv.STEP_TOO_LARGE)
 
-    def _fault(self) -> None:
-        """Something of ours, or of torch's look-ups, failed before anything was recorded: this use is left out."""
-        state = self.local.state
-        state.recorder.own_fault()
-        step, self.step = state.step, None
+    def _capture_check(self) -> None:
+        """The current stream may be captured into a graph: then nothing can be measured on it."""
+        if self.capture.device.capturing():
+            raise _LeftOutError(semconv.STREAM_CAPTURED)
+
+    def _another_pair(self, step: Step, stream: Stream) -> Pair | None:
+        """An event pair although none is free, or None, counted, when there may be no more."""
+        if len(step.stages) >= MAX_STAGES:
+            raise _LeftOutError(semconv.STEP_TOO_LARGE)
+        pair = stream.pool.grow()
+        if pair is None:
+            self.capture.drops.add(semconv.POOL_EXHAUSTED)
+        return pair
+
+    def _not_entered(self, pair: Pair | None, error: BaseException) -> None:
+        """The entry failed, by whosever fault: this use is left out, and the program's own error goes on to it."""
+        capture = self.capture
+        outside = from_outside(error)
+        recorded = pair if self.step is not None and not outside else None
+        step = self.step or open_step.get()
+        self.step = self.pair = None
         if step is not None:
             if self in step.stages:
                 step.stages.remove(self)
             if step.bare and not step.stages:
-                state.step = step.outer
+                step.undo()
+        if recorded is not None:
+            if _made(recorded, recorded.start):
+                capture.stop_for_the_models_error()
+                raise error
+            _refused(capture, recorded)
+        elif pair is not None:
+            pair.pool.free.append(pair)
+        if isinstance(error, _LeftOutError):
+            capture.drops.add(error.reason)
+        elif outside:
+            capture.drops.add(semconv.INTERRUPTED)
+            raise error
+        elif recorded is None:
+            capture.own_fault(error)
+        _LeftOut(self)
 
-    def _start_failed(self, step: Step) -> None:
-        """The stage does not begin: the program's error goes out of its entry."""
-        step.stages.remove(self)
-        self.step = None
-        step.recorder.stop_for_the_models_error()
-
-    def _end_failed(self, step: Step) -> None:
-        """The stage has host times alone, and its step must not wait for an event that was never recorded."""
-        self.pair = None
-        step.recorder.drops.add(semconv.TIMES_UNREADABLE)
-        step.recorder.stop_for_the_models_error()
+    def _not_exited(self, step: Step, exited_ns: int, error: BaseException) -> None:
+        """The exit failed: the stage has host times alone, so that its step doesn't wait for what was not recorded."""
+        capture = step.capture
+        pair, self.pair = self.pair, None
+        self.exited_ns = exited_ns or perf_counter_ns()
+        outside = from_outside(error)
+        if outside:
+            capture.drops.add(semconv.INTERRUPTED)
+            if pair is not None:
+                pair.pool.free.append(pair)
+        elif pair is not None and not _made(pair, pair.end):
+            _refused(capture, pair)
+        else:
+            outside = True
+            capture.drops.add(semconv.TIMES_UNREADABLE)
+            capture.stop_for_the_models_error()
         if step.bare and step.stages and step.stages[0] is self:
             step.close()
+        if outside:
+            raise error
+
+    def _enter_again(self) -> bool:
+        """Make room for another use of the same object; False if the one before is still open."""
+        step = self.step
+        if isinstance(step, _LeftOut):
+            self.capture.drops.add(semconv.REENTERED)
+            step.entered += 1
+            return False
+        if not self.exited_ns:
+            self.capture.drops.add(semconv.REENTERED)
+            _LeftOut(self)
+            return False
+        assert step is not None
+        with step.thread.lock:  # the step of the use before may be about to be resolved
+            if self in step.stages:
+                step.stages[step.stages.index(self)] = self._record()
+        self.step = self.pair = self.device_ns = self.duration_ns = None
+        return True
+
+    def _record(self) -> StageRecord:
+        """What this use leaves behind, when the object is used again."""
+        record = StageRecord()
+        for field in STAGE_FIELDS:
+            if hasattr(self, field):
+                setattr(record, field, getattr(self, field))
+        return record
 
 
 class HostStage(Stage):
@@ -219,32 +177,31 @@ class HostStage(Stage):
     def __enter__(self) -> None:
         if self.step is not None and not self._enter_again():
             return
-        state = self.local.state
-        step = state.step
+        step = open_step.get()
+        if step is not None and (step.closed_ns or step.bare or step.capture is not self.capture):
+            step = enclosing(step, self.capture)
         if step is None:
             return
-        if len(step.stages) >= MAX_STAGES:
-            self._leave_out(state, step, None, semconv.STEP_TOO_LARGE)
-            return
-        self.step = step
         self.pair = None
+        if len(step.stages) >= MAX_STAGES:
+            self.capture.drops.add(semconv.STEP_TOO_LARGE)
+            _LeftOut(self)
+            return
         self.stream = HOST_STREAM
         self.exited_ns = 0
-        step.stages.append(self)
         self.entered_ns = perf_counter_ns()
+        step.stages.append(self)
+        self.step = step
 
 
-def new_stage(of: type[Stage], local: Local, name: str, attributes: dict[str, Any]) -> Stage:
-    """A stage to be entered. Not by a constructor: without one it is made in two thirds of the time."""
-    stage = _new(of)
-    stage.local = local
-    stage.name = name
-    stage.attributes = attributes
-    stage.step = None
-    return stage
+class _LeftOutError(Exception):
+    """This use of a stage is left out."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
-class LeftOut:
+class _LeftOut:
     """Stands in the place of a stage's step while an entry of it is left out: the exit that belongs to it ends here.
 
     So that the hot path need not ask: to a stage's exit it looks like a step with this one stage.
@@ -267,3 +224,19 @@ class LeftOut:
         if not self.entered:
             stage.step, stage.pair = self._step, self._pair
             self.stages = []  # it and the stage refer to each other
+
+
+def _made(pair: Pair, event: Any) -> bool:
+    """Whether an event exists whose record has failed."""
+    try:
+        return pair.pool.device.made(event)
+    except Exception:  # it can't be told: then the failure may be the model's
+        return True
+
+
+def _refused(capture: Capture, pair: Pair) -> None:
+    """The device makes no more events: that is ours alone, and what there are have to do."""
+    capture.drops.add(semconv.POOL_EXHAUSTED)
+    if not pair.pool.closed:
+        pair.pool.closed = True
+        _log.warning("the device makes no more events; stages without a free one are timed by the host")

@@ -10,14 +10,18 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_npu.capture import arguments
+from otel_npu.capture.decorate import maker
+from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.off import OffStage, OffStep
 from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
+from otel_npu.capture.records import new_stage
 from otel_npu.capture.stages import Stage
-from otel_npu.capture.steps import Step
+from otel_npu.capture.steps import Handle, Step
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from otel_npu.capture.decorate import AnyStage
     from otel_npu.devices import Device
@@ -26,7 +30,6 @@ _log = logging.getLogger("otel_npu")
 
 _MAX_OFF_STAGES: Final = 1024
 _OFF_STEP: Final = OffStep()
-_new = object.__new__
 
 _recorder: Recorder | None = None
 _decided = False
@@ -43,32 +46,39 @@ _lock = threading.RLock()
 def stage(name: str, /, **attributes: Any) -> AnyStage:
     """A stage of inference: the time on the device's stream between entering and leaving.
 
-    A context manager, or a decorator of a function or coroutine function. What it measures are two events on the
+    A context manager, or a decorator of a function, a coroutine function, or a generator function of either kind, of
+    which it measures the whole iteration. What it measures are two events on the
     current stream, waits included: it is not how long the device was busy. A stage inside another is its child; one
     outside of any step is a trace of its own. An exception passes through and marks the stage.
 
     Args:
         name: The stage's name, such as `forward`. Few different ones: the name groups spans.
         attributes: Attributes of the span: strings, numbers, flags, or lists of one of these.
+
+    Raises:
+        TypeError: There is no name: a function stands in its place.
     """
     recorder = _recorder
     if recorder is not None:
-        # Not a constructor: without one it is made in two thirds of the time.
-        new = _new(Stage)
-        new.local = recorder.local
-        new.name = name
-        new.attributes = attributes
-        new.step = None
-        return new
+        if type(name) is not str:
+            arguments.no_name(name)
+        # Attributes as they are now: a list may change before the device has finished.
+        taken = arguments.attributes(attributes, recorder.drops) if attributes else attributes
+        return new_stage(Stage, recorder, name, taken)
     if attributes:
-        return stage(name, **attributes) if not _decided and _decide() else OffStage(stage, name, attributes)
+        return stage(name, **attributes) if not _decided and _decide() else _off_stage(name, attributes)
     try:
         return _off_stages[name]
     except KeyError:
-        return stage(name) if not _decided and _decide() else _off_stage(name)
+        return stage(name) if not _decided and _decide() else _off_stage(name, {})
+    except TypeError:  # what can't be looked up is no name either, but no reason to fail
+        return stage(arguments.text(name))
 
 
-def step(kind: str = "", /, *, requests: Sequence[Any] = (), **attributes: Any) -> Step | OffStep:
+maker.make = stage
+
+
+def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) -> Handle | OffStep:
     """A step of inference, to which the stages inside belong: a trace of its own, or part of the active one.
 
     A context manager, or `handle = step(...).open()` and later `handle.close()`.
@@ -79,12 +89,18 @@ def step(kind: str = "", /, *, requests: Sequence[Any] = (), **attributes: Any) 
         requests: The requests that the step serves, each a W3C traceparent, an OpenTelemetry span or a span
             context; the step is linked to them.
         attributes: Attributes of the span, as for `stage`.
+
+    Raises:
+        TypeError: `requests` is a text, or nothing that can be iterated over.
     """
+    taken = arguments.requests(requests) if requests != () else ()
     recorder = _recorder
     if recorder is not None:
-        return Step(recorder, kind, requests, attributes)
+        return Handle(
+            Step(recorder, kind, taken, arguments.attributes(attributes, recorder.drops) if attributes else None)
+        )
     if not _decided and _decide():
-        return step(kind, requests=requests, **attributes)
+        return step(kind, requests=taken, **attributes)
     return _OFF_STEP
 
 
@@ -146,12 +162,14 @@ def turn_off(recorder: Recorder) -> None:
 
 
 def _decide() -> bool:
-    """Settle by the environment whether tracing is on; whether it is."""
+    """Settle by the environment whether tracing is on; whether it is.
+
+    That it is settled is said last: until then whoever asks waits here, and nobody takes it for off.
+    """
     global _decided, _forked_from  # noqa: PLW0603
     with _lock:
         if _decided:
             return _recorder is not None
-        _decided = True
         if _forked_from is not None:
             settings, _forked_from = _forked_from, None
             return _turn_on(settings, None)
@@ -159,37 +177,50 @@ def _decide() -> bool:
             settings = Settings.from_environment()
         except SettingsError as error:
             _log.error("%s; tracing is off", error)
+            _decided = True
             return False
-        return settings.enabled and _turn_on(settings, None)
+        if settings.enabled:
+            return _turn_on(settings, None)
+        _decided = True
+        return False
 
 
 def _turn_on(settings: Settings | None, device: Device | None) -> bool:
     global _recorder, _decided  # noqa: PLW0603
     with _lock:
-        _decided = True
-        if _recorder is not None:
-            return True
-        if sdk_disabled() or (settings is not None and not settings.enabled):
-            return False
         try:
-            if settings is None:  # to be asked for is enough, and a forked child is as its parent
-                settings = replace(Settings.from_environment(), enabled=True)
-            _recorder = Recorder(settings, device)
-        except SettingsError as error:
-            _log.error("%s; tracing is off", error)
-            return False
-        except Exception:
-            _log.exception("tracing could not start and is off; the program is not affected")
-            return False
-        if settings.log_stages:
-            _make_visible()
-        _close_at_exit()
-    return True
+            if _recorder is None:
+                _recorder = _begin(settings, device)
+            return _recorder is not None
+        finally:
+            _decided = True
 
 
-def _off_stage(name: str) -> OffStage:
-    off = OffStage(stage, name, {})
-    if len(_off_stages) < _MAX_OFF_STAGES:
+def _begin(settings: Settings | None, device: Device | None) -> Recorder | None:
+    if sdk_disabled() or (settings is not None and not settings.enabled):
+        return None
+    try:
+        if settings is None:  # to be asked for is enough, and a forked child is as its parent
+            settings = replace(Settings.from_environment(), enabled=True)
+        recorder = Recorder(settings, device, turn_off)
+    except SettingsError as error:
+        _log.error("%s; tracing is off", error)
+        return None
+    except Exception as error:
+        if from_outside(error):
+            raise
+        _log.exception("tracing could not start and is off; the program is not affected")
+        return None
+    if settings.log_stages:
+        _make_visible()
+    _close_at_exit()
+    return recorder
+
+
+def _off_stage(name: str, attributes: dict[str, Any]) -> OffStage:
+    arguments.no_name(name)
+    off = OffStage(name, attributes)
+    if not attributes and len(_off_stages) < _MAX_OFF_STAGES:
         _off_stages[name] = off
     return off
 

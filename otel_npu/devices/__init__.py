@@ -9,6 +9,8 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from otel_npu import loading
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,6 +55,12 @@ class Device(Protocol):
             OSError, RuntimeError: The device's times can't be read.
         """
 
+    def made(self, event: Any, /) -> bool:
+        """Whether an event whose record has failed exists: it is made at its first record, which may be refused.
+
+        Then the failure is ours alone. Any other may be the model's.
+        """
+
     def adopt_thread(self, device_index: int, /) -> None:
         """Make the calling thread fit to query and read events of this device."""
 
@@ -85,6 +93,11 @@ def find(kind: str) -> Device | None:
     Raises:
         ValueError: There can be no such device in this process; the text says why.
     """
+    with loading.lock:
+        return _find(kind)
+
+
+def _find(kind: str) -> Device | None:
     if kind == "cpu":
         from otel_npu.devices.cpu import Cpu
 
@@ -99,7 +112,7 @@ def find(kind: str) -> Device | None:
         imported = hasattr(torch, "accelerator")  # not while it is still being imported
         if imported and kind in _BUILT_IN:
             raise ValueError("this torch was built without it")
-        return find("cpu") if imported and kind == "auto" else None
+        return _find("cpu") if imported and kind == "auto" else None
     if kind not in ("auto", accelerator):
         raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
     if not getattr(torch, accelerator).is_initialized():

@@ -61,6 +61,10 @@ class Cpu:
         """The host captures no graphs."""
         return False
 
+    def made(self, _event: object) -> bool:
+        """The host's events need nothing."""
+        return True
+
     def adopt_thread(self, _device_index: int) -> None:
         """Any thread may read the host's clock."""
 

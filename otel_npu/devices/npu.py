@@ -12,6 +12,7 @@ import operator
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.devices.ping import Ping, ping
+from otel_npu.native import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +62,10 @@ class Npu:
         if acl is not None:
             acl.aclrtEventGetTimestamp.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
             acl.aclrtEventElapsedTime.argtypes = [ctypes.c_void_p] * 3
+            self._addresses = [
+                ctypes.cast(call, ctypes.c_void_p).value
+                for call in (acl.aclrtEventElapsedTime, acl.aclrtEventGetTimestamp)
+            ]
 
     @classmethod
     def open(cls) -> Npu:
@@ -88,6 +93,10 @@ class Npu:
     def _new_npu_event(self, _device_index: int) -> Any:
         """As its first record makes the ACL event, so it makes it the event of that stream's device."""
         return self._torch.npu.Event(enable_timing=True)
+
+    def made(self, event: Any) -> bool:
+        """Whether it has a handle."""
+        return bool(self._handle(event))
 
     def adopt_thread(self, device_index: int) -> None:
         """Set the device: a thread that never did would open a stray context on device 0."""
@@ -146,6 +155,19 @@ class Npu:
         """
         if self._acl is None:
             raise OSError("libascendcl.so can't be opened, so event times can't be read")
+        if native is not None:
+            times: list[tuple[int, int]] = native.read_events(*self._addresses, list(pairs), self._handles)
+            return times
+        return self._read(pairs)
+
+    def _handles(self, pair: Pair) -> tuple[int, int]:
+        """The raw handles of both events, which exist by now."""
+        pair.handles = handles = (int(self._handle(pair.start)), int(self._handle(pair.end)))
+        return handles
+
+    def _read(self, pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+        """`read` in Python."""
+        assert self._acl is not None
         elapsed = self._acl.aclrtEventElapsedTime
         # Of this call alone: several threads may read at once.
         timestamp, until_start, length = ctypes.c_uint64(), ctypes.c_float(), ctypes.c_float()
@@ -153,9 +175,7 @@ class Npu:
         times: list[tuple[int, int]] = []
         anchor = anchor_ns = 0
         for pair in pairs:
-            if pair.handles is None:
-                pair.handles = (self._handle(pair.start), self._handle(pair.end))
-            start, end = pair.handles
+            start, end = pair.handles or self._handles(pair)
             if not anchor:
                 anchor = start
                 error = self._acl.aclrtEventGetTimestamp(anchor, ctypes.addressof(timestamp))

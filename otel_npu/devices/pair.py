@@ -1,8 +1,9 @@
-"""The pair of events that times one stage, and the bounded pool that it comes from."""
+"""The pair of events that times one stage, the bounded pool that it comes from, and the stream of its records."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from otel_npu.devices import Device
@@ -36,11 +37,56 @@ class Pool:
         self.device_index = device_index
         self.free: list[Pair] = []
         """Pairs not in use. `pop` and `append` are atomic, so threads share it without a lock."""
-        self._made = 0
+        self.closed = False
+        """Whether no more may be made: the device has refused one."""
+        self.pairs: list[Pair] = []
+        """All that were made."""
 
     def grow(self) -> Pair | None:
         """One more pair, or None when the bound is reached."""
-        if self._made >= self.device.pool_pairs:
+        if self.closed or len(self.pairs) >= self.device.pool_pairs:
             return None
-        self._made += 1
-        return Pair(self, self.device.new_event(self.device_index), self.device.new_event(self.device_index))
+        pair = Pair(self, self.device.new_event(self.device_index), self.device.new_event(self.device_index))
+        self.pairs.append(pair)
+        return pair
+
+    def reclaim(self) -> None:
+        """Take back what nobody holds: a signal handler raised while a stage took it, or gave it back."""
+        if self.free or len(self.pairs) < self.device.pool_pairs:
+            return
+        self.free.extend(
+            self.pairs[index] for index in range(len(self.pairs)) if _holders(self.pairs, index) <= _NOBODY
+        )
+
+
+def _holders(pairs: list[Any], index: int) -> int:
+    pair = pairs[index]
+    return sys.getrefcount(pair)
+
+
+_NOBODY: Final = _holders([object()], 0)
+
+
+class Stream:
+    """A stream on which stages were seen.
+
+    Attributes:
+        handle: What events are recorded on.
+        device_index: Its device.
+        stream_id: What tells it from the device's other streams.
+        side: Whether it can be captured into a graph: torch refuses to capture the default stream.
+        timed: Whether stages on it are timed by events: on the host the host's clock does.
+        pool: The event pairs of its device.
+        free: Those of them that are not in use.
+    """
+
+    __slots__ = ("device_index", "free", "handle", "pool", "side", "stream_id", "timed")
+
+    def __init__(self, handle: Any, pool: Pool) -> None:
+        self.handle = handle
+        self.device_index: int = handle.device_index
+        self.stream_id: int = handle.stream_id
+        self.side = self.stream_id != 0
+        self.timed = not pool.device.host_clock
+        self.pool = pool
+        self.free = pool.free

@@ -120,6 +120,10 @@ class SimulatedNpu:
         """Whether the current stream is being captured."""
         return self._current_stream().capturing
 
+    def made(self, _event: object) -> bool:
+        """They exist from the start."""
+        return True
+
     def adopt_thread(self, _device_index: int) -> None:
         """Any thread may read it."""
 

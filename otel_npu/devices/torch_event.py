@@ -50,6 +50,10 @@ class TorchEvents:
         """A generic event with timing."""
         return self._torch._C.Event(device=f"{self.kind}:{device_index}", enable_timing=True)
 
+    def made(self, _event: object) -> bool:
+        """Only the device's own runtime knows."""
+        return True
+
     def adopt_thread(self, device_index: int) -> None:
         """Set the thread's device."""
         self._torch.accelerator.set_device_index(device_index)

@@ -10,7 +10,7 @@ import selectors
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -255,16 +255,19 @@ class Server:
             if flags & socket.MSG_TRUNC:
                 self._bad_frame(client, "longer than frames may be")
                 continue
-            try:
-                frame = frames.decode_frame(self._view[:length])
-                self._patience.read(frame)
-                self._handle(client, frame)
-            except (msgspec.MsgspecError, ValueError) as error:
-                self._bad_frame(client, str(error))
-            except Exception:
-                self._drops.add(semconv.INTERNAL_ERROR)
-                client.account.lose()
-                _log.exception("a fault of otel-npu's own; the frame is lost")
+            self._take(client, frames.decode_frame, self._view[:length])
+
+    def _take(self, client: _Client, decode: Callable[[Any], frames.Frame], packet: memoryview | msgspec.Raw) -> None:
+        try:
+            frame = decode(packet)
+            self._patience.read(frame)
+            self._handle(client, frame)
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._bad_frame(client, str(error))
+        except Exception:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            client.account.lose()
+            _log.exception("a fault of otel-npu's own; the frame is lost")
 
     def _handle(self, client: _Client, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
@@ -279,6 +282,9 @@ class Server:
             client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
             self._unfinished(client, frame)
+        elif isinstance(frame, frames.Steps):
+            for step in frame.steps:  # one that is bad costs no other
+                self._take(client, frames.decode_step, step)
         elif isinstance(frame, frames.Step):
             client.assembler.count_drops(self._drops.take_unsent())
             spans = client.assembler.step(frame, functools.partial(self._joiner.ran, client))

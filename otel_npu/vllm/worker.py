@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.capture.context import Ids, new_bytes
-from otel_npu.capture.stages import HostStage, Stage, new_stage
-from otel_npu.capture.steps import Rank, Step
+from otel_npu.capture.records import Rank, new_stage
+from otel_npu.capture.stages import HostStage, Stage
+from otel_npu.capture.steps import Step
 from otel_npu.vllm import stages, tracing
 from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
 from otel_npu.wire import frames
@@ -223,16 +224,14 @@ def _samples(worker: Any) -> bool:
 def scope(name: str) -> contextlib.AbstractContextManager[None]:
     """A scope of vLLM's or vllm-ascend's: a stage of the worker's step that is open on this thread, else nothing."""
     step = _thread.step
-    if step is None or step.kind == _DUMMY or switch.current_recorder() is not step.recorder:
+    if step is None or step.kind == _DUMMY or switch.current_recorder() is not step.capture:
         return _NOTHING
     entry = stages.canonical(name)
     if entry.timing is stages.IGNORED:
         return _NOTHING
     if entry.name == _FORWARD and step.attributes is not None:
         _add_graph_mode(step.attributes)
-    return new_stage(
-        HostStage if entry.timing is stages.HOST else Stage, step.recorder.local, entry.name, entry.attributes
-    )
+    return new_stage(HostStage if entry.timing is stages.HOST else Stage, step.capture, entry.name, entry.attributes)
 
 
 _NOTHING: Final = contextlib.nullcontext()
@@ -355,7 +354,7 @@ def _dummy_forward() -> Iterator[None]:
     if step is None:
         yield
         return
-    with new_stage(Stage, step.recorder.local, _FORWARD, {}):
+    with new_stage(Stage, step.capture, _FORWARD, {}):
         yield
 
 

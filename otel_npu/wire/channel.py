@@ -45,7 +45,7 @@ class Channel:
         self._greeted = False
         self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler of the program's may flush in the midst of a send
 
     @property
     def connected(self) -> bool:

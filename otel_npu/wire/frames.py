@@ -13,7 +13,8 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
+MAX_STAGES: Final = 1024  # of one step
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
 # Checked by whoever decodes, at no cost to whoever sends: one value that OTLP can't hold fails a whole export.
@@ -49,8 +50,11 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     """How many times the usual a step of its own, one of no engine, takes at least to be kept for it."""
 
 
-class Stage(msgspec.Struct, array_like=True, frozen=True):
-    """One stage of a step. `parent` is the index of the stage around it in the step, or -1."""
+class Stage(msgspec.Struct, array_like=True):
+    """One stage of a step. `parent` is the index of the stage around it in the step, or -1.
+
+    It is worked out by whoever decodes, from when the stages were entered and exited.
+    """
 
     name: str
     parent: int
@@ -90,8 +94,14 @@ class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
     attributes: Attributes | None
     links: list[bytes]
     dropped: dict[str, Count]
-    stages: list[Stage]
+    stages: Annotated[list[Stage], msgspec.Meta(max_length=MAX_STAGES)]
     kept: bool = True
+
+
+class Steps(msgspec.Struct, array_like=True, tag="steps", frozen=True):
+    """Several steps in one packet, each a `Step` to be decoded by `decode_step`: one that is bad costs no other."""
+
+    steps: list[msgspec.Raw]
 
 
 class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
@@ -221,13 +231,14 @@ class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     complete: bool
 
 
-Frame: TypeAlias = Hello | Step | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Flush
+Frame: TypeAlias = Hello | Step | Steps | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Flush
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_flushed = msgspec.msgpack.Decoder(Flushed).decode
 _decode = msgspec.msgpack.Decoder(Frame).decode
+_decode_step = msgspec.msgpack.Decoder(Step).decode
 
 
 def decode_frame(packet: bytes | memoryview) -> Frame:
@@ -243,16 +254,40 @@ def decode_frame(packet: bytes | memoryview) -> Frame:
     return frame
 
 
+def decode_step(packet: bytes | memoryview | msgspec.Raw) -> Step:
+    """One of the steps of `Steps`.
+
+    Raises:
+        ValueError: It is not a step, or holds what can't be; the text says what.
+    """
+    step: Step = _decode_step(packet)
+    _check_step(step)
+    return step
+
+
+def _nest(stages: list[Stage]) -> None:
+    """Say of each stage which is the innermost around it: it was entered before and exited after."""
+    around: list[int] = []  # the stages, by index, that the next one may lie in
+    for index, stage in enumerate(stages):
+        stage.parent = -1
+        exited_ns = stage.exited_ns
+        while around and stages[around[-1]].exited_ns <= stage.entered_ns:
+            around.pop()
+        for outer in reversed(around):  # tasks of one thread may overlap without one being in the other
+            if stages[outer].exited_ns >= exited_ns:
+                stage.parent = outer
+                break
+        around.append(index)
+
+
 def _check_step(step: Step) -> None:
     _check_id("trace id", step.trace_id, 16, may_be_absent=True)
     _check_id("span id", step.span_id, 8, may_be_absent=not step.trace_id or step.bare)
     _check_id("parent span id", step.parent_span_id, 8, may_be_absent=True)
-    for index, stage in enumerate(step.stages):
-        if not -1 <= stage.parent < index:
-            raise ValueError(f"stage {index} of {len(step.stages)} lies in stage {stage.parent}")
     for link in step.links:
         if len(link) != LINK_BYTES:
             raise ValueError(f"a link of {len(link)} bytes, not {LINK_BYTES}")
+    _nest(step.stages)
 
 
 def _check_ping(ping: Ping) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from otel_npu import semconv
+from otel_npu import loading, semconv
 from otel_npu.wire import rendezvous
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class RelayLink:
         return connection
 
     def _start_thread(self) -> socket.socket:
-        from otel_npu.relay.server import Server
+        with loading.lock:
+            from otel_npu.relay.server import Server
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import otel_npu
+from otel_npu.capture.resolver import _done
 from otel_npu.capture.stages import Stage
-from otel_npu.capture.steps import MAX_DEPTH, MAX_STAGES, Step
+from otel_npu.capture.steps import MAX_DEPTH, Handle
+from otel_npu.drops import Drops
 from otel_npu.wire import frames
+from otel_npu.wire.frames import MAX_STAGES
 from tests.helpers.capturing import MILLISECOND, SECOND, Captured, Clock, Exported, capturing, simulated, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def done(step: Any) -> bool:
+    return _done(step, set(), Drops())
 
 
 def names(step: frames.Step) -> list[str]:
@@ -573,12 +580,12 @@ class TestThreadsAndStreams:
                 with otel_npu.step("inner"):
                     captured.stage("in inner")
             captured.stage("short")
-        state = captured.recorder.local.state
-        (both,) = [step for step in state.pending if step.kind == "both"]
+        thread = captured.recorder.local.thread
+        (both,) = [step for step in thread.pending if step.kind == "both"]
         captured.clock.ns += 10 * MILLISECOND
-        assert not both.ready()
+        assert not done(both)
         captured.clock.ns += 40 * MILLISECOND
-        assert both.ready()
+        assert done(both)
 
     def test_devices_have_pools_of_their_own(self, captured: Captured) -> None:
         device, other = captured.device, captured.device.new_stream(device_index=1)
@@ -613,7 +620,7 @@ class TestThreadsAndStreams:
             captured.stage("forward")
             captured.finish()
         pools = captured.device.pools.values()
-        assert [pool._made for pool in pools] == [1, 1]
+        assert [len(pool.pairs) for pool in pools] == [1, 1]
         assert [len(pool.free) for pool in pools] == [1, 1]
 
 
@@ -627,12 +634,11 @@ class TestFaultsOfOurs:
         def fail() -> None:
             raise RuntimeError("the device is lost")
 
-        state = captured.recorder.local.state
         with otel_npu.step("decode"):
             captured.stage("before")
             device.use(side)
             with monkeypatch.context() as failing:
-                failing.setattr(device if look_up == "current_stream" else state, look_up, fail)
+                failing.setattr(captured.recorder if look_up == "current_stream_key" else device, look_up, fail)
                 ran = []
                 with otel_npu.stage("during"):
                     ran.append(True)
@@ -740,20 +746,38 @@ class TestLeftOut:
         assert names(outside) == ["outside"]
         assert captured.dropped() == {"step_too_large": 10}
 
-    def test_a_frame_that_is_too_large_is_left_out_with_its_counts_kept(self, captured: Captured) -> None:
-        with otel_npu.step("large", bad=object()):
-            for index in range(100):
-                captured.stage(f"{index}", 20, text="x" * 4096)
-        with otel_npu.step("small"):
+    @pytest.mark.parametrize(
+        ("stages", "characters"), [(300, 40), (1000, 40), (1000, 100), (100, 1500), (40, 4000)], ids=str
+    )
+    def test_a_step_too_large_for_a_packet_loses_its_largest_attributes(
+        self, captured: Captured, stages: int, characters: int
+    ) -> None:
+        with otel_npu.step("before"):
             captured.stage("forward")
-        assert [step.kind for step in captured.steps()] == ["small"]
-        assert captured.dropped() == {"bad_frame": 1, "bad_attribute": 1}
+        with otel_npu.step("large", label="kept"):
+            for index in range(stages):
+                captured.stage(f"layers.{index}.self_attn", 20, layer=index, module="m" * characters)
+        with otel_npu.step("after"):
+            captured.stage("forward")
+        _, large, _ = captured.steps()
+        assert names(large) == [f"layers.{index}.self_attn" for index in range(stages)]
+        assert large.attributes == {"label": "kept"}
+        assert [(stage.attributes or {}).get("layer") for stage in large.stages] == list(range(stages))
+        left_out = [stage for stage in large.stages if "module" not in (stage.attributes or {})]
+        assert captured.dropped() == ({"attribute_too_large": len(left_out)} if left_out else {})
+
+    def test_names_too_long_for_a_packet_are_cut(self, captured: Captured) -> None:
+        with otel_npu.step("large"):
+            for _ in range(1000):
+                captured.stage("forward" * 100)
+        (large,) = captured.steps()
+        assert {stage.name[:20] for stage in large.stages} == {("forward" * 100)[:20]}
 
     def test_steps_that_the_device_never_finishes_do_not_fill_the_memory(self, captured: Captured) -> None:
         for _ in range(1100):
             captured.stage("forward")
-        assert len(captured.recorder.local.state.pending) == 1000
-        assert len(captured.steps()) == 1000
+        assert len(captured.recorder.local.thread.pending) == 1000
+        assert len(captured.steps(lost=True)) == 1000
         assert captured.dropped()["backlog_full"] == 100
 
 
@@ -813,10 +837,13 @@ class TestFaults:
         assert captured.dropped() == {"times_unreadable": 1}
 
     def test_a_fault_of_our_own_costs_one_step_and_does_not_come_out_of_flush(self, captured: Captured) -> None:
-        with otel_npu.step("\ud800"):  # can't be encoded
+        captured.stage("before")
+        with otel_npu.step("bad"):
             captured.stage("forward")
         captured.stage("later")
-        assert [names(step) for step in captured.steps()] == [["later"]]
+        captured.recorder.local.thread.pending[1].number = object()  # can't be encoded
+        captured.finish(lost=True)
+        assert [names(step) for step in captured.steps()] == [["before"], ["later"]]
         assert captured.dropped() == {"internal_error": 1}
 
 
@@ -871,7 +898,7 @@ class TestErrorsOutOfRecord:
         captured.recorder.stop_for_the_models_error()
         assert otel_npu.enable(otel_npu.Settings(export="inprocess"))
         assert isinstance(otel_npu.stage("forward"), Stage)
-        assert isinstance(otel_npu.step(), Step)
+        assert isinstance(otel_npu.step(), Handle)
 
 
 def test_while_the_device_is_behind_nothing_waits_and_later_all_arrives(captured: Captured) -> None:
@@ -915,7 +942,7 @@ def test_memory_and_events_stay_as_they_are_over_a_million_stages(run_program: C
         before = resident_kib()
         run(8_000)
         pool = switch.current_recorder().device.pools[0]
-        print(resident_kib() - before, pool._made)
+        print(resident_kib() - before, len(pool.pairs))
         """,
         {"OTEL_TRACES_EXPORTER": "none"},
         timeout=120,
@@ -940,7 +967,7 @@ class TestRaces:
 
         def meanwhile(stream: Any) -> None:
             captured.clock.ns += SECOND
-            recorder._resolve_for(recorder.local.state)
+            recorder.idle.resolve_for(recorder.local.thread)
             record_end(stream)
 
         inner.pair.record_end = meanwhile
@@ -950,8 +977,19 @@ class TestRaces:
         assert durations["inner"] >= SECOND
 
     def test_a_flush_does_not_wait_longer_than_it_may_for_another(self, captured: Captured) -> None:
-        with captured.recorder._flush_lock:  # as another thread's flush(3600) would hold it
+        holding, done = threading.Event(), threading.Event()
+
+        def hold() -> None:  # as another thread's flush(3600) would
+            with captured.recorder._flush_lock:
+                holding.set()
+                done.wait(20)
+
+        def look() -> None:
+            holding.wait(20)
             assert not otel_npu.flush(0.01)
+            done.set()
+
+        in_threads(hold, look)
 
     def test_a_step_that_outlives_tracing_gives_its_events_back(self) -> None:
         device = simulated(Clock())
@@ -963,7 +1001,7 @@ class TestRaces:
             otel_npu.disable()
             step.close()
         pool = device.pools[0]
-        assert pool._made == len(pool.free) == 1
+        assert len(pool.pairs) == len(pool.free) == 1
 
     def test_more_links_than_a_frame_holds_are_cut_and_counted(self, captured: Captured) -> None:
         traceparent = f"00-{'1' * 32}-{'2' * 16}-01"

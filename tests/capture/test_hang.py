@@ -9,7 +9,8 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import context, hang, switch
-from otel_npu.capture.steps import Rank, Step
+from otel_npu.capture.records import Rank
+from otel_npu.capture.steps import Step
 from otel_npu.devices.simulated import SimulatedEvent
 from otel_npu.wire import frames
 from tests.helpers.capturing import SECOND, Captured, Clock, Exported, capturing, chosen, simulated, wait_until
@@ -75,9 +76,9 @@ def test_a_stage_that_the_device_does_not_finish_is_reported_while_it_hangs(
 def test_it_is_reported_once(watched: Captured, caplog: pytest.LogCaptureFixture) -> None:
     watched.stage("forward", 1000 * SECOND)
     wait_until(watched.unfinished)
-    state = watched.recorder.local.state
-    with state.lock:
-        hang.watch(state, chosen(hang_seconds=1e-9), watched.recorder._channel, watched.recorder.drops)
+    thread = watched.recorder.local.thread
+    with thread.lock:
+        hang.watch(thread, chosen(hang_seconds=1e-9), watched.recorder.drops, watched.recorder.send)
     assert len(watched.unfinished()) == len(lines(caplog)) == 1
 
 
@@ -143,10 +144,10 @@ def test_a_stage_whose_exit_never_comes_does_not_hold_up_what_follows(
 
 
 def test_what_is_only_slow_is_not_reported(captured: Captured) -> None:
-    state = captured.recorder.local.state
+    thread = captured.recorder.local.thread
     captured.stage("forward", 1000 * SECOND)
-    with state.lock:
-        hang.watch(state, chosen(hang_seconds=3600), captured.recorder._channel, captured.recorder.drops)
+    with thread.lock:
+        hang.watch(thread, chosen(hang_seconds=3600), captured.recorder.drops, captured.recorder.send)
     captured.finish()
     assert captured.unfinished() == []
 
@@ -154,9 +155,9 @@ def test_what_is_only_slow_is_not_reported(captured: Captured) -> None:
 def test_never_means_never() -> None:
     with capturing(hang_seconds=float("inf")) as captured:
         captured.stage("forward", 1000 * SECOND)
-        state = captured.recorder.local.state
-        with state.lock:
-            hang.watch(state, captured.recorder.settings, captured.recorder._channel, captured.recorder.drops)
+        thread = captured.recorder.local.thread
+        with thread.lock:
+            hang.watch(thread, captured.recorder.settings, captured.recorder.drops, captured.recorder.send)
         captured.finish()
         assert captured.unfinished() == []
 
@@ -167,10 +168,13 @@ def test_where_no_trace_may_begin_it_is_a_line_and_counted_but_no_span(
     """`OTEL_TRACES_SAMPLER=always_off`."""
     with capturing(root_traces=False, hang_seconds=3600) as captured:
         captured.stage("forward", 1000 * SECOND)
-        state = captured.recorder.local.state
-        with state.lock:
+        thread = captured.recorder.local.thread
+        with thread.lock:
             hang.watch(
-                state, chosen(root_traces=False, hang_seconds=1e-9), captured.recorder._channel, captured.recorder.drops
+                thread,
+                chosen(root_traces=False, hang_seconds=1e-9),
+                captured.recorder.drops,
+                captured.recorder.send,
             )
         assert len(lines(caplog)) == 1
         captured.clock.ns += 2000 * SECOND

@@ -9,6 +9,8 @@ import pytest
 
 import otel_npu
 from otel_npu import ProfileExecuteDuration
+from otel_npu.capture.records import Rank
+from otel_npu.capture.steps import Step
 from tests.helpers.capturing import MILLISECOND, SECOND, Captured, Exported, capturing, simulated
 
 if TYPE_CHECKING:
@@ -145,15 +147,18 @@ class TestLogLine:
         captured.finish()
         return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
 
-    def test_is_what_vllm_ascend_printed(self, logged: Captured, caplog: pytest.LogCaptureFixture) -> None:
-        with otel_npu.step("decode"):
-            logged.stage("forward", 4_140_000)
-            logged.stage("post process", 14_170_000)
+    def test_is_what_vllm_ascend_printed_for_a_worker(self, logged: Captured, caplog: pytest.LogCaptureFixture) -> None:
+        step = Step(logged.recorder, "decode", rank=Rank(0, returns_output=True)).open()
+        logged.stage("forward", 4_140_000)
+        logged.stage("post process", 14_170_000)
+        step.close()
         assert self.lines(logged, caplog) == [
             "Profile execute duration [Decode]: [post process]:14.17ms [forward]:4.14ms"
         ]
 
-    def test_has_a_line_for_each_step_and_sums_a_tag(self, logged: Captured, caplog: pytest.LogCaptureFixture) -> None:
+    def test_has_a_line_for_each_step_in_order_and_sums_a_tag(
+        self, logged: Captured, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with otel_npu.step("prefill"):
             logged.stage("forward", 1_000_000)
             logged.stage("forward", 500_000)
@@ -163,7 +168,7 @@ class TestLogLine:
         otel_npu.step("empty").open().close()
         logged.stage("alone")
         assert self.lines(logged, caplog) == [
-            "Profile execute duration [Prefill]: [nothing]:0.00ms [forward]:1.50ms",
+            "Profile execute duration [Prefill]: [forward]:1.50ms [nothing]:0.00ms",
             "Profile execute duration [Step]: [forward]:0.01ms",
         ]
 

@@ -57,10 +57,10 @@ class Tracing:
         assert recorder is not None, "tracing is off"
         return recorder
 
-    def finish(self) -> None:
-        """The device finishes all that was launched, and the relay gets all that was captured."""
+    def finish(self, *, lost: bool = False) -> None:
+        """The device finishes all that was launched, and the relay gets all that was captured and not lost."""
         self.clock.ns += 3600 * SECOND
-        assert otel_npu.flush(20)
+        assert otel_npu.flush(20) is not lost
 
     def stage(self, name: str, duration_ns: int = MILLISECOND, /, **attributes: Any) -> None:
         """A stage with one kernel of this length."""
@@ -74,9 +74,9 @@ class Captured(Tracing):
 
     sent: list[frames.Frame] = field(default_factory=list)
 
-    def steps(self) -> list[frames.Step]:
+    def steps(self, *, lost: bool = False) -> list[frames.Step]:
         """The steps captured so far."""
-        self.finish()
+        self.finish(lost=lost)
         return [frame for frame in self.sent if isinstance(frame, frames.Step)]
 
     def step(self) -> frames.Step:
@@ -154,7 +154,9 @@ def _read(connection: socket.socket, sent: list[frames.Frame]) -> None:
     with connection:
         while packet := connection.recv(frames.MAX_FRAME_BYTES):
             frame = frames.decode_frame(packet)
-            if isinstance(frame, frames.Flush):
+            if isinstance(frame, frames.Steps):
+                sent.extend(map(frames.decode_step, frame.steps))
+            elif isinstance(frame, frames.Flush):
                 connection.send(frames.encode(frames.Flushed(frame.number, complete=True)))
             else:
                 sent.append(frame)

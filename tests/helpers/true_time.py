@@ -6,6 +6,7 @@ time, the wall clock, and an NPU that reads its clock as coarsely and answers as
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import random
@@ -17,9 +18,11 @@ from unittest import mock
 
 import otel_npu
 from otel_npu import semconv
-from otel_npu.capture import context, resolver, stages, steps, switch
-from otel_npu.capture.recorder import _WATCH_SECONDS, IDLE_SECONDS, Recorder
+from otel_npu.capture import context, plain, resolver, steps, switch
+from otel_npu.capture.idle import IDLE_SECONDS, WATCH_SECONDS
+from otel_npu.capture.recorder import Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
+from otel_npu.native import native
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
@@ -212,14 +215,14 @@ def _as_float32(ns: int) -> int:
 class Worker(Recorder):
     """A recorder without a thread: what its idle thread does is done when the harness says so."""
 
-    def _run(self) -> None:
+    def _begin(self) -> None:
         pass
 
     def tick(self, number: int) -> None:
         """What the idle thread does every 20 ms, and about once a second."""
-        self._resolve_idle()
-        if number % round(_WATCH_SECONDS / IDLE_SECONDS) == 0:
-            self._ping()
+        self.idle.resolve()
+        if number % round(WATCH_SECONDS / IDLE_SECONDS) == 0:
+            self.idle.ping()
 
 
 class Placed(NamedTuple):
@@ -303,6 +306,25 @@ class RememberingWallClock(WallClock):
         return self.said_ns
 
 
+@contextlib.contextmanager
+def stage_clock(clock: Callable[[], int]) -> Iterator[None]:
+    """What tells stages the host's time, be they in Python or in the extension module."""
+    with mock.patch.object(plain, "perf_counter_ns", clock):
+        if native is not None:
+            native.use_clock(clock)
+        try:
+            yield
+        finally:
+            if native is not None:
+                native.use_clock(None)
+
+
+def decoded(packet: bytes) -> list[frames.Frame]:
+    """The frames in a packet, those of several steps one by one."""
+    frame = frames.decode_frame(packet)
+    return [frames.decode_step(step) for step in frame.steps] if isinstance(frame, frames.Steps) else [frame]
+
+
 def deliver(channel: Channel, take: Callable[[bytes], None]) -> None:
     """Let a channel's frames come here, instead of into a socket: hello first, then each as it is sent."""
 
@@ -328,7 +350,10 @@ class Relay:
 
     def take(self, packet: bytes) -> None:
         """A frame has come."""
-        frame = frames.decode_frame(packet)
+        for frame in decoded(packet):
+            self._handle(frame)
+
+    def _handle(self, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
             self.assembler = Assembler(frame, self._wall, span_limits())
         elif isinstance(frame, frames.Ping):
@@ -402,7 +427,7 @@ class Engine:
         wall = RememberingWallClock(self.clock, lambda: scenario.wall(self.clock() - HOST_START_NS))
         settings = Settings(export="inprocess", steps_per_second=scenario.kept)
         self.worker = Worker(settings, self.device)
-        self.worker._limiter = context.Limiter(scenario.kept, self.clock)
+        self.worker.limiter = context.Limiter(scenario.kept, self.clock)
         self.relay = Relay(wall, self._truths, self.run)
         deliver(self.worker._channel, self.relay.take)
 
@@ -411,7 +436,7 @@ class Engine:
         next_idle_ns = self.clock.ns
         end_ns = self.clock.ns + self._scenario.seconds * S
         with (
-            mock.patch.object(stages, "perf_counter_ns", self.clock),
+            stage_clock(self.clock),
             mock.patch.object(steps, "perf_counter_ns", self.clock),
             mock.patch.object(resolver, "perf_counter_ns", self.clock),
             mock.patch.object(switch, "_recorder", self.worker),

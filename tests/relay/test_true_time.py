@@ -18,7 +18,7 @@ import pytest
 
 import otel_npu
 from otel_npu import semconv
-from otel_npu.capture import recorder as recorder_module
+from otel_npu.capture import idle as idle_module
 from otel_npu.capture import switch
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.npu import Npu
@@ -27,7 +27,7 @@ from otel_npu.settings import Settings
 from otel_npu.wire import frames
 from tests.helpers import REPOSITORY
 from tests.helpers.receiver import Receiver, Span
-from tests.helpers.true_time import DAY, HOST_START_NS, MS, US, Run, S, Scenario, Wall, Worker, deliver, serve
+from tests.helpers.true_time import DAY, HOST_START_NS, MS, US, Run, S, Scenario, Wall, Worker, decoded, deliver, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,7 +200,7 @@ def backlog(device):
         torch.npu._sleep(1)
 
 def step(case, device, idle):
-    pending = switch.current_recorder().local.state.pending
+    pending = switch.current_recorder().local.thread.pending
     while len(pending) > (0 if idle else 1):
         time.sleep(0.001)
     torch.npu.set_device(device)
@@ -444,7 +444,7 @@ class Pinging:
         # A device of its own, because the process's keeps its events for whoever turns tracing on next.
         self.worker = Worker(Settings(export="inprocess", steps_per_second=0), Npu.open())
         self.sent: list[frames.Frame] = []
-        deliver(self.worker._channel, lambda packet: self.sent.append(frames.decode_frame(packet)))
+        deliver(self.worker._channel, lambda packet: self.sent.extend(decoded(packet)))
 
     @property
     def pings(self) -> list[frames.Ping]:
@@ -454,7 +454,7 @@ class Pinging:
         """What came of so many pings."""
         known = len(self.pings)
         for _ in range(times):
-            self.worker._ping()
+            self.worker.idle.ping()
         return self.pings[known:]
 
     def dropped(self) -> dict[str, int]:
@@ -501,8 +501,8 @@ class TestPings:
         self, ascend: Simulator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Sped up by 10, or it takes 10 times as long."""
-        assert recorder_module._WATCH_SECONDS >= 1
-        monkeypatch.setattr(recorder_module, "_WATCH_SECONDS", 0.1)
+        assert idle_module.WATCH_SECONDS >= 1
+        monkeypatch.setattr(idle_module, "WATCH_SECONDS", 0.1)
         before = ascend.count("record")
         otel_npu.enable(Settings(export="inprocess", steps_per_second=0))
         began = time.perf_counter()
@@ -617,5 +617,5 @@ class TestPings:
         worker = Worker(Settings(export="inprocess", device="cpu"), Cpu())
         with mock.patch.object(switch, "_recorder", worker), otel_npu.stage("forward"):
             pass
-        worker._ping()
+        worker.idle.ping()
         assert worker.drops.take_unsent() == {}

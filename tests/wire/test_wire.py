@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_npu.capture.steps import MAX_STAGES
 from otel_npu.drops import Drops
 from otel_npu.settings import SESSION
 from otel_npu.wire import channel as channel_module
 from otel_npu.wire import frames, rendezvous
 from otel_npu.wire.channel import Channel
+from otel_npu.wire.frames import MAX_STAGES
 from tests.helpers.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
 
 if TYPE_CHECKING:
@@ -58,11 +58,31 @@ def test_a_frame_arrives_as_it_was_sent(frame: msgspec.Struct) -> None:
     assert frames.decode_frame(frames.encode(frame)) == frame
 
 
+def test_a_bad_step_costs_no_other_of_its_packet() -> None:
+    good = step(3)
+    packet = frames.encode(("steps", [step(1), step(2, opened_ns=-1), ("nonsense",), good]))
+    steps = frames.decode_frame(packet)
+    assert isinstance(steps, frames.Steps)
+    assert frames.decode_step(steps.steps[3]) == good
+    for bad in steps.steps[1:3]:
+        with pytest.raises(ValueError):
+            frames.decode_step(bad)
+
+
+def test_a_stage_lies_in_the_innermost_that_was_entered_before_and_exited_after() -> None:
+    def lasting(entered_ns: int, exited_ns: int) -> frames.Stage:
+        return stage(entered_ns=entered_ns, exited_ns=exited_ns, parent=77)
+
+    spans = [(0, 100), (10, 50), (20, 30), (40, 60), (60, 90), (100, 110)]
+    told = frames.decode_step(frames.encode(step(stages=[lasting(*span) for span in spans])))
+    assert [one.parent for one in told.stages] == [-1, 0, 1, 0, 0, -1]
+
+
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
         (step(span_id=b""), "span id of 0 bytes"),
-        (step(stages=[stage(parent=0)]), "lies in stage 0"),
+        (step(stages=[stage()] * 1025), "length <= 1024"),
         (step(links=[b"short"]), "link of 5 bytes"),
         (frames.Ping(0, 0, 2000, 1000), "seen before"),
         (unfinished(now_ns=0), "in the future"),

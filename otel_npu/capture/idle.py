@@ -1,0 +1,181 @@
+"""The idle thread: what goes on while the model's threads capture nothing, and what must not cost them anything."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import semconv
+from otel_npu.capture import hang
+from otel_npu.capture.resolver import give_up
+from otel_npu.drops import REPORT_SECONDS
+from otel_npu.wire import frames
+
+if TYPE_CHECKING:
+    from otel_npu.capture.resolver import Resolver
+    from otel_npu.capture.shared import Capture, Thread
+    from otel_npu.wire.channel import Channel
+    from otel_npu.wire.link import RelayLink
+
+_log = logging.getLogger("otel_npu")
+
+IDLE_SECONDS: Final = 0.02
+WATCH_SECONDS: Final = 1.0
+_STEPS_PER_TICK: Final = 64
+_PING_BUDGET_NS: Final = 100_000
+
+
+class IdleThread:
+    """Keeps the relay, resolves for threads that close no step, watches for hangs, and looks at the devices' clocks.
+
+    Args:
+        capture: What is captured.
+        resolver: Resolves it.
+        channel: Where frames go.
+        link: Keeps the channel connected.
+    """
+
+    def __init__(self, capture: Capture, resolver: Resolver, channel: Channel, link: RelayLink) -> None:
+        self._capture = capture
+        self._resolver = resolver
+        self._channel = channel
+        self._link = link
+        self.flushing = False
+        """Whether somebody waits for all that is closed to be resolved."""
+        self._boundaries: dict[Thread, int] = {}
+        self._pinged = 0
+        """How many devices have been pinged."""
+        self._next_drop_line = time.monotonic() + REPORT_SECONDS
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    def stop(self, timeout_seconds: float) -> None:
+        """End; waits at most this long."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+
+    def new_device(self) -> None:
+        """The clock of the device that is used from now on is wanted for the first steps already."""
+        self._pinged = 0
+
+    def _run(self) -> None:
+        next_watch = 0.0
+        while True:
+            try:
+                self._link.keep()
+                self.resolve()
+                self._channel.drain()
+                if time.monotonic() >= next_watch:
+                    next_watch = time.monotonic() + WATCH_SECONDS
+                    self._watch()
+                    self.ping()
+                elif len(self._capture.device.pools) > self._pinged:
+                    self.ping()
+            except Exception:
+                self._capture.own_fault()
+            self._wake.wait(IDLE_SECONDS)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+
+    def resolve(self) -> None:
+        """Resolve for the threads that closed no step since the last time; to flush, for all."""
+        for thread in list(self._capture.threads):
+            if thread.pending and (self.flushing or self._boundaries.get(thread) == thread.boundaries):
+                self.resolve_for(thread)
+            self._boundaries[thread] = thread.boundaries
+
+    def resolve_for(self, thread: Thread) -> None:
+        """Resolve for this thread, unless it is being resolved."""
+        if not thread.busy and thread.lock.acquire(blocking=False):
+            try:
+                thread.busy = True
+                self._adopt_thread_for(thread)
+                self._resolver.resolve(thread, _STEPS_PER_TICK)
+            finally:
+                thread.busy = False
+                thread.lock.release()
+
+    def _adopt_thread_for(self, thread: Thread) -> None:
+        """Make the idle thread fit for the events of the step that is next to be resolved."""
+        step = thread.pending[0] if thread.pending else next(iter(list(thread.open.values())), None)
+        for stage in step.stages if step is not None else ():
+            if stage.pair is not None:
+                stage.pair.pool.device.adopt_thread(stage.pair.pool.device_index)
+                return
+
+    def _watch(self) -> None:
+        threads = self._capture.threads
+        for thread in list(threads):
+            self._look_after(thread)
+            if not thread.alive and not thread.open and not thread.pending:
+                threads.remove(thread)
+                self._boundaries.pop(thread, None)
+        for pool in list(self._capture.device.pools.values()):
+            pool.reclaim()
+        if time.monotonic() >= self._next_drop_line:
+            self._next_drop_line = time.monotonic() + REPORT_SECONDS
+            self.log_drops()
+
+    def _look_after(self, thread: Thread) -> None:
+        if thread.busy or not thread.lock.acquire(blocking=False):
+            return
+        try:
+            self._adopt_thread_for(thread)
+            for number, step in list(thread.open.items()):
+                if step.closed_ns > 0 and step not in thread.pending:  # a signal handler raised while it closed
+                    thread.pending.append(step)
+                    del thread.open[number]
+                elif not thread.alive:  # nobody closes it any more, and others want its events
+                    self._capture.drops.add(semconv.INTERRUPTED)
+                    step.closed_ns = time.perf_counter_ns()
+                    give_up(step, self._capture.drops)
+                    del thread.open[number]
+            hang.watch(thread, self._capture.settings, self._capture.drops, self._send)
+        except Exception:
+            self._capture.own_fault()
+        finally:
+            thread.lock.release()
+
+    def log_drops(self) -> None:
+        """What was left out since the last time, in one line."""
+        line = self._capture.drops.take_line()
+        if line:
+            _log.warning("left out in the last minute: %s", line)
+
+    def ping(self) -> None:
+        """Look at the clock of each device that is in use."""
+        device = self._capture.device
+        pools = list(device.pools.values())
+        # Not while a thread captures a graph: nobody knows what a driver makes of other work meanwhile.
+        if not pools or any(device.captured(key) for key in list(self._capture.streams)):
+            return
+        self._pinged = len(pools)
+        for pool in pools:
+            if pool.device.host_clock:
+                continue
+            try:
+                pool.device.adopt_thread(pool.device_index)
+                ping = pool.device.ping(pool.device_index, _PING_BUDGET_NS)
+            except (OSError, RuntimeError):
+                _log.debug("a ping failed", exc_info=True)
+                ping = None
+            if ping is None:
+                self._capture.drops.add(semconv.PING_UNANSWERED)
+            else:
+                self._send(frames.Ping(pool.device_index, *ping))
+
+    def _send(self, frame: frames.Frame) -> None:
+        self._channel.send(frames.encode(frame))

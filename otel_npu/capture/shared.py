@@ -1,0 +1,158 @@
+"""What all stages and steps of a process share while tracing is on, and what each thread has of its own."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_npu import devices, semconv
+from otel_npu.capture import context
+from otel_npu.capture.interrupts import from_outside
+from otel_npu.devices.cpu import Cpu
+from otel_npu.devices.pair import Pool, Stream
+from otel_npu.drops import Drops
+
+if TYPE_CHECKING:
+    from otel_npu.devices import Device
+    from otel_npu.settings import Settings
+
+_log = logging.getLogger("otel_npu")
+
+MAX_PENDING: Final = 1000  # steps of one thread that the device has not finished
+_MAX_STREAMS: Final = 1024
+
+
+class Thread:
+    """One thread's steps.
+
+    Attributes:
+        open: Those that are open, by number.
+        pending: Those that are closed and wait for the device, oldest first.
+        boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.
+        lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
+            handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
+        busy: Whether they are being resolved.
+    """
+
+    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread")
+
+    def __init__(self) -> None:
+        self.thread = weakref.ref(threading.current_thread())
+        self.open: dict[int, Any] = {}
+        self.pending: deque[Any] = deque()
+        self.boundaries = 0
+        self.busy = False
+        self.lock = threading.RLock()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs still."""
+        thread: Any = self.thread()
+        return thread is not None and thread.is_alive()
+
+
+class _Local(threading.local):
+    """Gives each thread its own when it first asks for it."""
+
+    def __init__(self, threads: list[Thread]) -> None:
+        self.thread = Thread()
+        threads.append(self.thread)
+
+
+class Capture:
+    """What stages and steps need of the process that they are in.
+
+    Args:
+        settings: What was chosen.
+        device: The device to record on; None finds it by the settings once the program has initialised it.
+    """
+
+    def __init__(self, settings: Settings, device: Device | None = None) -> None:
+        self.settings = settings
+        self.drops = Drops()
+        self.step_numbers = itertools.count(1)
+        self.running = True
+        self.threads: list[Thread] = []
+        self.local = _Local(self.threads)
+        self.limiter = context.Limiter(settings.steps_per_second)
+        self.device_is_open_question = device is None
+        self.use_device(device or Cpu())
+
+    # What becomes of what is captured: for whoever resolves it.
+
+    def step_closed(self, thread: Thread) -> None:
+        """A step boundary: one more of the thread's steps waits for the device."""
+        raise NotImplementedError
+
+    def device_settled(self) -> None:
+        """It is known now on which device the program works."""
+
+    def stop_capture(self) -> None:
+        """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
+        raise NotImplementedError
+
+    # Devices and streams.
+
+    def use_device(self, device: Device) -> None:
+        """Record on this device from now on."""
+        self.streams: dict[Any, Stream] = {}
+        self.device: Device = device
+        self.current_stream_key = device.current_stream_key
+
+    def stream(self) -> Stream:
+        """The calling thread's current stream, which was not seen before."""
+        key = self.current_stream_key()
+        handle = self.device.current_stream()
+        if len(self.streams) >= _MAX_STREAMS:
+            self.streams.clear()
+        stream = self.streams[key] = Stream(handle, self.pool(handle.device_index))
+        return stream
+
+    def pool(self, device_index: int) -> Pool:
+        """The event pairs of this device."""
+        pools = self.device.pools
+        return pools.get(device_index) or pools.setdefault(device_index, Pool(self.device, device_index))
+
+    def settle_device(self) -> None:
+        """Look again for the device, as long as the program has not initialised it."""
+        try:
+            device = devices.find(self.settings.device)
+        except Exception as error:
+            if from_outside(error):
+                raise
+            _log.error("OTEL_NPU_DEVICE=%r: %s; tracing is off", self.settings.device, error)
+            self.device_is_open_question = False
+            self.stop_capture()
+            return
+        if device is None:
+            return
+        self.use_device(device)
+        self.device_is_open_question = False
+        self.device_settled()
+
+    # Faults.
+
+    def stop_for_the_models_error(self) -> None:
+        """`record()` raised: torch hands a failed launch to whoever enqueues next. It goes on to the model."""
+        _log.warning(
+            "recording an event raised the error of an earlier launch, or the device's own; it is passed on to "
+            "the program, and tracing is off from here"
+        )
+        self.stop_capture()
+
+    def own_fault(self, error: BaseException | None = None) -> None:
+        """A fault of ours, the one that is being handled if no other: counted, and never the program's.
+
+        It may be the program's all the same: an exception out of a signal handler that ran in the midst of our lines.
+        Then it goes on.
+        """
+        error = sys.exc_info()[1] if error is None else error
+        if error is not None and from_outside(error):
+            raise error
+        self.drops.add(semconv.INTERNAL_ERROR)
+        _log.debug("a fault of otel-npu's own; the program is not affected", exc_info=error)
