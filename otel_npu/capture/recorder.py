@@ -66,16 +66,18 @@ class Recorder(Capture):
 
     # Called from the hot path.
 
-    def step_closed(self, thread: Thread) -> None:
+    def step_closed(self, thread: Thread, closed_ns: int) -> None:
         """A step boundary: what the device has finished is resolved, once there is enough of it."""
         thread.boundaries += 1
-        pending = thread.pending
+        waiting = len(thread.pending)
         if not self.running:  # closed, or a forked child's parent's: nobody resolves or sends any more
             self._let_go(thread)
-        elif len(pending) > MAX_PENDING:
+        elif waiting > MAX_PENDING:
             self.drops.add(semconv.BACKLOG_FULL)
-            give_up(pending.pop(), self.drops)
-        elif len(pending) >= BATCH_STEPS or pending[-1].closed_ns - pending[0].closed_ns > BATCH_NS:
+            self._let_go(thread, MAX_PENDING)
+        elif waiting < 2:
+            thread.waiting_since_ns = closed_ns
+        elif waiting >= BATCH_STEPS or closed_ns - thread.waiting_since_ns > BATCH_NS:
             self.resolve(thread)
 
     def resolve(self, thread: Thread) -> None:
@@ -167,10 +169,11 @@ class Recorder(Capture):
         for thread in list(self.threads):  # what the device has not finished; the next recorder needs the events
             self._let_go(thread)
 
-    def _let_go(self, thread: Thread) -> None:
-        while thread.pending:
+    def _let_go(self, thread: Thread, but: int = 0) -> None:
+        """Give the newest steps up, but for so many older ones."""
+        while len(thread.pending) > but:
             try:
-                step = thread.pending.popleft()
+                step = thread.pending.pop()
             except IndexError:  # another thread is about it
                 return
             give_up(step, self.drops)

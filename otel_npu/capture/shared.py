@@ -33,18 +33,20 @@ class Thread:
     Attributes:
         open: Those that are open, by number.
         pending: Those that are closed and wait for the device, oldest first.
+        waiting_since_ns: When the oldest of them was closed, or one before it.
         boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.
         lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
             handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
         busy: Whether they are being resolved.
     """
 
-    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread")
+    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread", "waiting_since_ns")
 
     def __init__(self) -> None:
         self.thread = weakref.ref(threading.current_thread())
         self.open: dict[int, Any] = {}
         self.pending: deque[Any] = deque()
+        self.waiting_since_ns = 0
         self.boundaries = 0
         self.busy = False
         self.lock = threading.RLock()
@@ -85,7 +87,7 @@ class Capture:
 
     # What becomes of what is captured: for whoever resolves it.
 
-    def step_closed(self, thread: Thread) -> None:
+    def step_closed(self, thread: Thread, closed_ns: int) -> None:
         """A step boundary: one more of the thread's steps waits for the device."""
         raise NotImplementedError
 

@@ -93,12 +93,12 @@ class Step(StepRecord):
         thread = self.thread
         self.error = error
         # If a signal handler raises from here on, the idle thread finds a closed step among the open ones.
-        self.closed_ns = perf_counter_ns()
+        self.closed_ns = closed_ns = perf_counter_ns()
         if open_step.get() is self:
             open_step.set(self.outer)
         thread.pending.append(self)
         thread.open.pop(self.number, None)
-        self.capture.step_closed(thread)
+        self.capture.step_closed(thread, closed_ns)
 
     def undo(self) -> None:
         """It does not begin after all."""
