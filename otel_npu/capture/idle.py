@@ -24,6 +24,7 @@ _log = logging.getLogger("otel_npu")
 IDLE_SECONDS: Final = 0.02
 WATCH_SECONDS: Final = 1.0
 _STEPS_PER_TICK: Final = 64
+_CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
 _PING_BUDGET_NS: Final = 100_000
 
 
@@ -134,15 +135,16 @@ class IdleThread:
             return
         try:
             self._adopt_thread_for(thread)
-            for number, step in list(thread.open.items()):
-                if step.closed_ns > 0 and step not in thread.pending:  # a signal handler raised while it closed
-                    thread.pending.append(step)
-                    del thread.open[number]
+            for key, step in list(thread.open.items()):
+                if 0 < step.closed_ns < time.perf_counter_ns() - _CLOSING_NS:  # a signal handler raised in its close
+                    del thread.open[key]
+                    if step not in thread.pending:
+                        thread.pending.append(step)
                 elif not thread.alive:  # nobody closes it any more, and others want its events
                     self._capture.drops.add(semconv.INTERRUPTED)
                     step.closed_ns = time.perf_counter_ns()
                     give_up(step, self._capture.drops)
-                    del thread.open[number]
+                    del thread.open[key]
             hang.watch(thread, self._capture.settings, self._capture.drops, self._send)
         except Exception:
             self._capture.own_fault()

@@ -31,7 +31,7 @@ class Thread:
     """One thread's steps.
 
     Attributes:
-        open: Those that are open, by number.
+        open: Those that are open, by identity.
         pending: Those that are closed and wait for the device, oldest first.
         waiting_since_ns: When the oldest of them was closed, or one before it.
         boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.

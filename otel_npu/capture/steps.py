@@ -40,6 +40,7 @@ class Step(StepRecord):
         bare: bool = False,
         ids: context.Ids | None = None,
         rank: Rank = NO_RANK,
+        number: int = 0,
     ) -> None:
         self.capture = capture
         self.kind = kind
@@ -50,6 +51,7 @@ class Step(StepRecord):
         # part of an engine's step all the same.
         self.ids = ids
         self.rank = rank
+        self.number = number  # an engine's, so that it is the same on every rank; else of this process
         self.stages = []
         self.closed_ns = _NOT_ENTERED
         self.error = None
@@ -78,12 +80,13 @@ class Step(StepRecord):
         if capture.device_is_open_question:
             capture.settle_device()
         self.thread = thread = capture.local.thread
-        self.number = number = next(capture.step_numbers)
+        if not self.number:
+            self.number = next(capture.step_numbers)
         if self.ids is None:
             self.ids = _choose(self)
         self.opened_ns = perf_counter_ns()
         self.closed_ns = 0
-        thread.open[number] = self
+        thread.open[id(self)] = self
         open_step.set(self)
 
     def close(self, error: type[BaseException] | None = None) -> None:
@@ -97,7 +100,7 @@ class Step(StepRecord):
         if open_step.get() is self:
             open_step.set(self.outer)
         thread.pending.append(self)
-        thread.open.pop(self.number, None)
+        thread.open.pop(id(self), None)
         self.capture.step_closed(thread, closed_ns)
 
     def undo(self) -> None:
@@ -105,7 +108,7 @@ class Step(StepRecord):
         if open_step.get() is self:
             open_step.set(self.outer)
         if self.closed_ns == 0:
-            self.thread.open.pop(self.number, None)
+            self.thread.open.pop(id(self), None)
         self.closed_ns = _NOT_ENTERED
 
 

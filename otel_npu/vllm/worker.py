@@ -61,9 +61,7 @@ class WorkerSteps:
         if told.slow:  # this worker's relay may be another than the engine's
             recorder.send(frames.Keep(semconv.SLOW, list(told.slow)))
         ids = Ids(told.trace_id, new_bytes(8), told.span_id, told.kept)
-        step = Step(recorder, told.kind, (), dict(self.attributes), ids=ids, rank=self.rank)
-        self._open(step)
-        step.number = told.number  # the engine's, so that it is the same on every rank
+        self._open(Step(recorder, told.kind, (), dict(self.attributes), ids=ids, rank=self.rank, number=told.number))
 
     def open_dummy(self) -> None:
         """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""

@@ -78,6 +78,8 @@ class TestSpans:
             "npu.step.number": 1,
             "npu.step.kind": "decode",
             "npu.step.stages": 3,
+            "npu.timing": "device",
+            "npu.sampled.reason": "rate",
             "batch": 3,
         }
         forward = spans["forward"].attributes

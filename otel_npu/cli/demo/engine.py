@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 import otel_npu
 from otel_npu import semconv
 from otel_npu.capture import context
-from otel_npu.capture.steps import Rank, Step
+from otel_npu.capture.records import Rank
+from otel_npu.capture.steps import Step
 from otel_npu.slow import SlowSteps
 from otel_npu.wire import frames
 
