@@ -75,7 +75,7 @@ class Recorder(Capture):
         elif waiting > MAX_PENDING:
             self.drops.add(semconv.BACKLOG_FULL)
             self._let_go(thread, MAX_PENDING)
-        elif waiting < 2:
+        elif waiting == 1:
             thread.waiting_since_ns = closed_ns
         elif waiting >= BATCH_STEPS or closed_ns - thread.waiting_since_ns > BATCH_NS:
             self.resolve(thread)
