@@ -33,6 +33,8 @@ DECODE: Final = "decode"
 PREFILL_STEP: Final = "prefill_step"
 DECODE_STEP: Final = "decode_step"
 OTHER_STEPS: Final = "other_steps"
+KV_LOAD: Final = "kv_load"
+KV_SEND: Final = "kv_send"
 UNFINISHED_STAGE: Final = "unfinished_stage"
 HOST_TIMED: Final = " (host)"
 """What the name of a stage ends with that the host timed in the place of the device."""
@@ -58,7 +60,24 @@ SPANS: Final = (
         "",
         "A stage that did not finish within OTEL_NPU_HANG_SECONDS; host-timed, sent while it still hangs.",
     ),
-    Term(QUEUE, "", "A request's wait: from its arrival to the first scheduling of it. Host-timed."),
+    Term(
+        QUEUE,
+        "",
+        "A request's wait: from its arrival to the first scheduling of it, or to the fetching of its KV cache from "
+        "elsewhere. Host-timed.",
+    ),
+    Term(
+        KV_LOAD,
+        "",
+        "A request's wait for KV cache from elsewhere, from the engine's asking for it to its arrival. Host-timed. "
+        "A connector that loads inside the step has a stage of this name in the step instead.",
+    ),
+    Term(
+        KV_SEND,
+        "",
+        "From the end of a request to the release of its KV cache, which somebody else had still to fetch. Host-timed, "
+        "and sent when it is over.",
+    ),
     Term(PREFILL, "", "The steps that computed a request's prompt, from the first's start to the last's end."),
     Term(DECODE, "", "A request's further steps, from the first's start to the last's end."),
     Term(
@@ -83,8 +102,12 @@ SPANS: Final = (
 
 # Events on the spans of a request.
 PREEMPTED: Final = "preempted"
+KV_LOAD_FAILED: Final = "kv_load_failed"
 
-EVENTS: Final = (Term(PREEMPTED, "", "The request was put back into the queue to make room for others."),)
+EVENTS: Final = (
+    Term(PREEMPTED, "", "The request was put back into the queue to make room for others."),
+    Term(KV_LOAD_FAILED, "", "KV cache from elsewhere that a step was to load did not come. Also an `error.type`."),
+)
 
 # Attributes of a step.
 STEP_NUMBER: Final = "npu.step.number"
@@ -94,6 +117,14 @@ STEP_REQUESTS: Final = "npu.step.requests"
 STEP_TOKENS: Final = "npu.step.tokens"
 STEP_RANKS: Final = "npu.step.ranks"
 SAMPLED_REASON: Final = "npu.sampled.reason"
+STEP_CACHED_TOKENS: Final = "npu.step.cached_tokens"
+STEP_FETCHED_TOKENS: Final = "npu.step.fetched_tokens"
+STEP_DRAFTED_TOKENS: Final = "npu.step.drafted_tokens"
+STEP_ACCEPTED_TOKENS: Final = "npu.step.accepted_tokens"
+STEP_STRAGGLER: Final = "npu.step.straggler.rank"
+STEP_SKEW: Final = "npu.step.skew"
+STEP_IDLE: Final = "npu.step.idle"
+STEP_LAUNCH_BOUND: Final = "npu.step.launch_bound"
 RANK: Final = "npu.rank"
 DROPPED_PREFIX: Final = "npu.dropped."
 TP_RANK: Final = "npu.tp.rank"
@@ -153,6 +184,12 @@ REQUEST_OTHER_STEPS: Final = "npu.request.other_steps"
 REQUEST_STEP_TOKENS: Final = "npu.request.step_tokens"
 OMITTED_HOST_TIME: Final = "npu.omitted_host_time"
 REQUEST_FINISH_REASON: Final = "npu.request.finish_reason"
+REQUEST_CACHED_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+REQUEST_FETCHED_TOKENS: Final = "npu.request.fetched_tokens"
+REQUEST_DRAFTED_TOKENS: Final = "npu.request.drafted_tokens"
+REQUEST_ACCEPTED_TOKENS: Final = "npu.request.accepted_tokens"
+KV_TOKENS: Final = "npu.kv.tokens"
+KV_CONNECTOR: Final = "npu.kv.connector"
 
 # Attributes of the resource: one for each traced process.
 SERVICE_NAME: Final = "service.name"
@@ -173,6 +210,38 @@ ATTRIBUTES: Final = (
         SAMPLED_REASON,
         "",
         "Why the step was kept as a trace: rate (OTEL_NPU_STEPS_PER_SECOND), slow (OTEL_NPU_SLOW_STEP), error or hang.",
+    ),
+    Term(
+        STEP_CACHED_TOKENS,
+        "{token}",
+        "Prompt tokens of the requests that the step scheduled for the first time which the engine's own cache had.",
+    ),
+    Term(STEP_FETCHED_TOKENS, "{token}", "The same of those whose KV cache came from elsewhere."),
+    Term(STEP_DRAFTED_TOKENS, "{token}", "How many drafted tokens the step verified."),
+    Term(STEP_ACCEPTED_TOKENS, "{token}", "How many of them were accepted."),
+    Term(
+        STEP_STRAGGLER,
+        "",
+        "The rank that started `forward` last, for which the others wait in their first collective: of ranks that work "
+        "on the same stage of the pipeline. Only where npu.step.skew is there.",
+    ),
+    Term(
+        STEP_SKEW,
+        "s",
+        "By how much later it started than the first. Only where every rank's `forward` is timed by its device and the "
+        "skew is more than the clocks of the two leave open.",
+    ),
+    Term(
+        STEP_IDLE,
+        "s",
+        "The bubble before the step: from the end of the last stage of the step before on the same device to the start "
+        "of the first of this one, by the device's clock. On engine_step of the rank that returns the output.",
+    ),
+    Term(
+        STEP_LAUNCH_BOUND,
+        "",
+        "Whether the host was no faster than the device: the step's longest outermost stage ended on the device within "
+        "a tenth of its duration after the host had launched all of it. Only where the clock is that sure.",
     ),
     Term(
         RANK,
@@ -241,6 +310,17 @@ ATTRIBUTES: Final = (
         "The sum of the step's stages that have no span in the request's trace: the host alone timed them, "
         "and each took less than 5 % of the step. Step traces have them all.",
     ),
+    Term(
+        REQUEST_CACHED_TOKENS,
+        "{token}",
+        "Tokens of the prompt that were not computed because a cache had them, those from elsewhere included. "
+        "On the first phase.",
+    ),
+    Term(REQUEST_FETCHED_TOKENS, "{token}", "Those of them whose KV cache came from elsewhere. On the first phase."),
+    Term(REQUEST_DRAFTED_TOKENS, "{token}", "How many tokens were drafted for the request. On the last phase."),
+    Term(REQUEST_ACCEPTED_TOKENS, "{token}", "How many of them were accepted. On the last phase."),
+    Term(KV_TOKENS, "{token}", "How many tokens' KV cache the request waits for."),
+    Term(KV_CONNECTOR, "", "The class of the KV connector."),
     Term(REQUEST_FINISH_REASON, "", "Why the request ended, as the front end says: stop, length, abort and so on."),
     Term(SERVICE_NAME, "", "As the traced process's own OpenTelemetry SDK would compute it."),
     Term(SERVICE_INSTANCE_ID, "", "Unique to each traced process."),

@@ -12,6 +12,7 @@ from otel_npu.relay.keeping import Keeping
 from otel_npu.relay.placing import Ran, Timeline
 from otel_npu.relay.resources import resource_of
 from otel_npu.relay.spans import SpanMaker, span_context
+from otel_npu.relay.verdicts import Bubbles, launch_bound
 from otel_npu.slow import SlowSteps
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Assembler:
         self._inside: dict[bytes, tuple[int, int]] = {}
         """By the span id of a step that is still to come: from where to where the steps inside it reach."""
         self._dropped: dict[str, int] = {}
+        self._bubbles = Bubbles()
 
     def replaces(self, other: Assembler | None) -> None:
         """Take over what another has still to report."""
@@ -61,25 +63,25 @@ class Assembler:
         dropped, self._dropped = self._dropped, {}
         return dropped
 
-    def step(self, step: Step, join: Callable[[Ran], str] | None = None) -> list[ReadableSpan]:
+    def step(self, step: Step, join: Callable[[Ran], list[ReadableSpan]] | None = None) -> list[ReadableSpan]:
         """The spans of a step, and of those inside it that are kept with it: none if it is not kept as a trace.
 
         Args:
             step: The frame.
-            join: Told of a step that is a rank's part of an engine's step; says why it is kept, if it is. The spans
-                of one that is kept later are made by `kept`.
+            join: Told of a step that is a rank's part of an engine's step; gives its spans if it is kept. `kept` makes
+                them, then or later.
         """
         self.timeline.learn(step)
         self.count_drops(step.dropped)
         placed = self.timeline.place(step)
-        ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device)
+        idle_ns = self._bubbles.before(step) if step.rank >= 0 else None
+        ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device, idle_ns)
         if join is not None and step.rank >= 0 and step.parent_span_id:
-            reason = join(ran)
-            return self.kept(ran, reason) if reason else []
+            return join(ran)
         return [span for each, reason in self._keeping.take(ran) for span in self.kept(each, reason)]
 
-    def kept(self, ran: Ran, reason: str) -> list[ReadableSpan]:
-        """The spans of a step that is kept for this reason."""
+    def kept(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> list[ReadableSpan]:
+        """The spans of a step that is kept for this reason, and what its engine says of it."""
         step, unix_ns, why = ran.step, ran.unix_ns, {semconv.SAMPLED_REASON: reason}
         trace_id = int.from_bytes(step.trace_id, "big")
         around = span_context(trace_id, step.parent_span_id)
@@ -94,7 +96,7 @@ class Assembler:
                 _step_name(step),
                 own,
                 around,
-                {**why, **_step_attributes(step, self.take_drops())},
+                {**why, **_step_attributes(ran, self.take_drops()), **(of_engine or {})},
                 (ran.start_ns + unix_ns, ran.end_ns + unix_ns),
                 own_attributes=step.attributes,
                 error=step.error,
@@ -148,7 +150,8 @@ def _step_name(step: Step) -> str:
     return f"{semconv.WORKER_STEP} rank {step.rank}" if several else semconv.WORKER_STEP
 
 
-def _step_attributes(step: Step, dropped: dict[str, int]) -> dict[str, Any]:
+def _step_attributes(ran: Ran, dropped: dict[str, int]) -> dict[str, Any]:
+    step = ran.step
     attributes: dict[str, Any] = {
         semconv.STEP_NUMBER: step.number,
         semconv.STEP_STAGES: len(step.stages),
@@ -160,6 +163,11 @@ def _step_attributes(step: Step, dropped: dict[str, int]) -> dict[str, Any]:
         attributes[semconv.STEP_KIND] = step.kind
     if step.rank >= 0:
         attributes[semconv.RANK] = step.rank
+    if ran.idle_ns is not None:
+        attributes[semconv.STEP_IDLE] = semconv.seconds(ran.idle_ns)
+    bound = launch_bound(ran)
+    if bound is not None:
+        attributes[semconv.STEP_LAUNCH_BOUND] = bound
     for reason, count in dropped.items():
         attributes[semconv.DROPPED_PREFIX + reason] = count
     return attributes

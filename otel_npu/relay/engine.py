@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_npu import semconv
 from otel_npu.relay.spans import span_context
+from otel_npu.relay.verdicts import straggler
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from otel_npu.relay.client import Client
     from otel_npu.relay.placing import Ran
     from otel_npu.relay.requests import OpenRequest, Part
-    from otel_npu.wire.frames import Scheduled, Stage
+    from otel_npu.relay.verdicts import Straggler
+    from otel_npu.wire.frames import Request, Scheduled, Stage, Updated
 
 
 class Engine:
@@ -25,6 +27,8 @@ class Engine:
         self.requests: dict[int, OpenRequest] = {}
         self.steps: dict[bytes, EngineStep] = {}
         """By span id, in the order of scheduling."""
+        self.sends: dict[int, tuple[Request, int]] = {}
+        """By number: requests that are over, but whose KV cache is not fetched yet, and since when."""
 
 
 class StepTimes:
@@ -76,13 +80,12 @@ class EngineStep:
         reason: Why it is kept as a trace; empty as long as it is not.
         unkept: Its runs, and whose each is, as long as it is not.
         times: The run that counts for the requests; None if there was none, or until `settled`.
-        closed_ns: When its output was taken in, if it was.
+        updated: The engine's second frame of it, if its output was taken in.
         over: Whether its output was taken in, or never will be.
         deadline: When it is done with, whatever is still missing.
     """
 
     __slots__ = (
-        "closed_ns",
         "deadline",
         "engine",
         "over",
@@ -93,6 +96,7 @@ class EngineStep:
         "settled",
         "times",
         "unkept",
+        "updated",
     )
 
     def __init__(self) -> None:
@@ -104,7 +108,7 @@ class EngineStep:
         self.unkept: list[tuple[Client, Ran]] = []
         self.times: StepTimes | None = None
         self.settled = False
-        self.closed_ns: int | None = None
+        self.updated: Updated | None = None
         self.over = False
         self.deadline = math.inf
 
@@ -141,16 +145,21 @@ class EngineStep:
         assert self.scheduled is not None
         scheduled, assembler = self.scheduled, self.engine.client.assembler
         ends_ns = [ran.end_ns + ran.unix_ns for ran in self.ranks.values()]
-        ends_ns.append((scheduled.scheduled_ns if self.closed_ns is None else self.closed_ns) + unix_ns)
+        ends_ns.append((scheduled.scheduled_ns if self.updated is None else self.updated.closed_ns) + unix_ns)
         attributes: dict[str, Any] = {
             semconv.STEP_NUMBER: scheduled.number,
             semconv.STEP_KIND: scheduled.kind,
-            semconv.STEP_REQUESTS: scheduled.total_requests,
-            semconv.STEP_TOKENS: scheduled.total_tokens,
+            **self.size,
             semconv.STEP_RANKS: scheduled.ranks,
             semconv.TIMING: semconv.TIMING_HOST,
             semconv.SAMPLED_REASON: self.reason,
+            **self._gained(),
         }
+        if self.times is not None and self.times.ran.idle_ns is not None:
+            attributes[semconv.STEP_IDLE] = semconv.seconds(self.times.ran.idle_ns)
+        late = self.straggler()
+        if late is not None:
+            attributes[semconv.STEP_STRAGGLER], attributes[semconv.STEP_SKEW] = late.rank, semconv.seconds(late.skew_ns)
         for reason, count in assembler.take_drops().items():
             attributes[semconv.DROPPED_PREFIX + reason] = count
         return assembler.spans.span(
@@ -161,6 +170,34 @@ class EngineStep:
             (scheduled.opened_ns + unix_ns, max(ends_ns)),
             links=assembler.spans.links(dict.fromkeys(part.request.link for part in self.parts)),
         )
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """How much it was, as far as its engine has told."""
+        scheduled = self.scheduled
+        if scheduled is None:
+            return {}
+        return {semconv.STEP_REQUESTS: scheduled.total_requests, semconv.STEP_TOKENS: scheduled.total_tokens}
+
+    def _gained(self) -> dict[str, int]:
+        """What need not be computed, because a cache had it, or because a draft was right."""
+        scheduled, updated = self.scheduled, self.updated
+        assert scheduled is not None
+        gained: dict[str, int] = {}
+        if scheduled.total_cached or scheduled.total_fetched:
+            gained[semconv.STEP_CACHED_TOKENS] = scheduled.total_cached
+            gained[semconv.STEP_FETCHED_TOKENS] = scheduled.total_fetched
+        if updated is not None and updated.total_drafted:
+            gained[semconv.STEP_DRAFTED_TOKENS] = updated.total_drafted
+            gained[semconv.STEP_ACCEPTED_TOKENS] = updated.total_accepted
+        return gained
+
+    def straggler(self) -> Straggler | None:
+        """The rank for which others waited, once all have told; None if there is none, or it can't be told."""
+        scheduled = self.scheduled
+        if scheduled is None or not self.complete:
+            return None
+        return straggler(self.ranks.values(), max(1, scheduled.ranks // scheduled.pipeline))
 
     def release(self) -> None:
         """Let go of what only its own span was made of; requests may hold on to its times."""

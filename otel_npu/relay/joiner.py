@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu.relay.engine import Engine, EngineStep
-from otel_npu.relay.request_spans import request_spans
+from otel_npu.relay.request_spans import request_spans, send_span
 from otel_npu.relay.requests import OpenRequest
 from otel_npu.wire import frames
 
@@ -81,7 +81,7 @@ class Joiner:
     def take(
         self,
         client: Client,
-        frame: frames.Request | frames.Scheduled | frames.Updated | frames.Keep | frames.RequestEnd,
+        frame: frames.Request | frames.Scheduled | frames.Updated | frames.Keep | frames.RequestEnd | frames.Transfers,
     ) -> None:
         """What an engine says or, of a request's end, a front end or, of steps that are kept after all, a worker.
 
@@ -105,18 +105,20 @@ class Joiner:
         elif isinstance(frame, frames.Scheduled):
             assembler.count_drops(frame.dropped)
             self._scheduled(engine, frame)
+        elif isinstance(frame, frames.Transfers):
+            self._moved(engine, frame)
         else:
             self._updated(engine, frame)
 
-    def ran(self, client: Client, ran: Ran) -> str:
-        """A rank has run its part of an engine's step; why it is kept, if that is known now."""
+    def ran(self, client: Client, ran: Ran) -> list[ReadableSpan]:
+        """A rank has run its part of an engine's step; its spans, if it is known now that it is kept."""
         span_id = ran.step.parent_span_id
         step = self._step(span_id)
         if ran.step.kept:
             step.reason = step.reason or semconv.RATE
         elif ran.step.error is not None:
             self._keep(step, semconv.ERROR)
-        reason = step.reason
+        reason, size = step.reason, step.size
         step.ranks[ran.step.rank] = ran
         if not reason:
             step.unkept.append((client, ran))
@@ -124,7 +126,7 @@ class Joiner:
             self._look(span_id, step)
         else:
             self._hold(span_id, step, ran)
-        return reason if ran.step.trace_id else ""
+        return client.assembler.kept(ran, reason, size) if reason and ran.step.trace_id else []
 
     def keep(self, span_id: bytes, reason: str) -> None:
         """An engine's step is kept, though it was not chosen to be at first."""
@@ -157,6 +159,8 @@ class Joiner:
         for request in list(engine.requests.values()):
             if not request.ending:
                 self._give_up(request, semconv.REQUEST_UNFINISHED)
+        for _ in engine.sends:
+            self._drops.add(semconv.REQUEST_UNFINISHED)
 
     def drain(self) -> None:
         """Nothing more will come."""
@@ -172,13 +176,7 @@ class Joiner:
 
     def _scheduled(self, engine: Engine, frame: frames.Scheduled) -> None:
         requests = engine.requests
-        for number in frame.preempted:
-            if number in requests:
-                requests[number].preempted(frame.scheduled_ns)
-        for number in frame.ended:
-            if number in requests:
-                requests[number].dismissed(frame.opened_ns)
-                self._ended(requests[number])
+        self._waiting_and_gone(engine, frame)
         if not frame.total_tokens:
             return
         step = self._step(frame.span_id)
@@ -196,18 +194,41 @@ class Joiner:
             self._keep(step, semconv.RATE)
         self._look(frame.span_id, step)
 
+    def _waiting_and_gone(self, engine: Engine, frame: frames.Scheduled) -> None:
+        """What a scheduling says of requests beside the step."""
+        requests = engine.requests
+        for number in frame.preempted:
+            if number in requests:
+                requests[number].preempted(frame.scheduled_ns)
+        for number in frame.ended:
+            if number in requests:
+                requests[number].dismissed(frame.opened_ns)
+                self._ended(requests[number])
+        for number, cached, fetched in zip(frame.first, frame.cached, frame.fetched, strict=True):
+            if number in requests:
+                requests[number].found(cached, fetched)
+
     def _updated(self, engine: Engine, frame: frames.Updated) -> None:
         span_id, requests = frame.span_id, engine.requests
         for number, new_tokens in zip(frame.requests, frame.new_tokens, strict=True):
             if number in requests:
                 requests[number].output(span_id, new_tokens)
+        if frame.total_drafted:
+            for number, drafted, accepted in zip(frame.requests, frame.drafted, frame.accepted, strict=True):
+                if number in requests:
+                    requests[number].drafts_verified(drafted, accepted)
+        self._finished(engine, frame)
+
+    def _finished(self, engine: Engine, frame: frames.Updated) -> None:
+        """The end of a step whose output was taken in, and of the requests that are over with it."""
+        span_id, requests = frame.span_id, engine.requests
         for number in frame.finished:
             if number in requests:
                 requests[number].finished(span_id, frame.closed_ns)
         if span_id in engine.steps:
             if frame.keep:
                 self._keep(engine.steps[span_id], frame.keep)
-            engine.steps[span_id].closed_ns = frame.closed_ns
+            engine.steps[span_id].updated = frame
             # Outputs are taken in in order: a step before it that has had none will have none.
             earlier = list(engine.steps)
             for each in earlier[: earlier.index(span_id) + 1]:
@@ -230,7 +251,7 @@ class Joiner:
         step.reason = reason
         for client, ran in step.unkept:
             if ran.step.trace_id:
-                self._put(client.assembler.kept(ran, reason), client.account)
+                self._put(client.assembler.kept(ran, reason, step.size), client.account)
         step.unkept = []
 
     def _hold(self, span_id: bytes, step: EngineStep, ran: Ran) -> None:
@@ -290,6 +311,29 @@ class Joiner:
         step.release()
 
     # Requests.
+
+    def _moved(self, engine: Engine, frame: frames.Transfers) -> None:
+        """KV cache of requests is on its way, or has arrived."""
+        requests = engine.requests
+        for number, tokens in zip(frame.loading, frame.tokens, strict=True):
+            if number in requests:
+                requests[number].loading(frame.at_ns, tokens, frame.connector)
+        for number in frame.failed:
+            if number in requests:
+                requests[number].load_failed(frame.at_ns)
+        for number in frame.loaded:
+            if number in requests:
+                requests[number].loaded(frame.at_ns)
+        for number in frame.sending:
+            if number in requests and len(engine.sends) < MAX_REQUESTS:
+                engine.sends[number] = requests[number].frame, frame.at_ns
+        spans = [
+            send_span(engine, *engine.sends.pop(number), frame, self._wall.offset_ns())
+            for number in frame.sent
+            if number in engine.sends
+        ]
+        if spans:
+            self._put(spans, engine.client.account)
 
     def _open(self, engine: Engine, frame: frames.Request) -> None:
         for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):

@@ -30,6 +30,8 @@ class Ran(NamedTuple):
     """Unix time minus monotonic time, as the step's own spans have it."""
     has_device: bool
     """Whether its process has a device beside the host: then a stage that the host timed is an exception."""
+    idle_ns: int | None = None
+    """How long the device had nothing of the step before and not yet of this one; None where that can't be told."""
 
 
 _Group: TypeAlias = tuple[int, int, int, int]

@@ -11,12 +11,14 @@ from otel_npu import semconv
 from otel_npu.relay.spans import span_context
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext
 
-    from otel_npu.relay.engine import StepTimes
-    from otel_npu.relay.requests import OpenRequest, Phase
-    from otel_npu.wire.frames import Stage
+    from otel_npu.relay.engine import Engine, StepTimes
+    from otel_npu.relay.requests import Load, OpenRequest, Phase
+    from otel_npu.wire.frames import Request, Stage, Transfers
 
 OMITTED_SHARE: Final = 0.05
 """A stage that the host alone timed, and that is less of its step, has no span in a request's trace."""
@@ -26,7 +28,7 @@ _STEP_NAMES: Final = {semconv.PREFILL: semconv.PREFILL_STEP, semconv.DECODE: sem
 
 
 def request_spans(request: OpenRequest, unix_ns: int) -> list[ReadableSpan]:
-    """`queue`, and `prefill` and `decode` where they ran, with the steps and stages below them.
+    """`queue`, `kv_load`, and `prefill` and `decode` where they ran, with the steps and stages below them.
 
     What is inside a span comes before it: when the last has arrived somewhere, everything has.
 
@@ -36,6 +38,33 @@ def request_spans(request: OpenRequest, unix_ns: int) -> list[ReadableSpan]:
     """
     request.close(unix_ns)
     return _RequestSpans(request, unix_ns).spans
+
+
+def send_span(engine: Engine, frame: Request, start_ns: int, sent: Transfers, unix_ns: int) -> ReadableSpan:
+    """`kv_send` of a request whose KV cache somebody else has fetched.
+
+    Args:
+        engine: The request's engine.
+        frame: The request.
+        start_ns: When it was over.
+        sent: The frame that said that its blocks are free.
+        unix_ns: Unix time minus the host's monotonic time.
+    """
+    trace_id = int.from_bytes(frame.trace_id, "big")
+    attributes = {
+        semconv.REQUEST_ID: frame.request_id,
+        semconv.TIMING: semconv.TIMING_HOST,
+        semconv.KV_CONNECTOR: sent.connector,
+    }
+    if frame.response_id:
+        attributes[semconv.RESPONSE_ID] = frame.response_id
+    return engine.client.assembler.spans.span(
+        semconv.KV_SEND,
+        span_context(trace_id, os.urandom(8)),
+        span_context(trace_id, frame.parent_span_id),
+        attributes,
+        (start_ns + unix_ns, sent.at_ns + unix_ns),
+    )
 
 
 class _RequestSpans:
@@ -53,8 +82,12 @@ class _RequestSpans:
         events = self._events([semconv.QUEUE, *(name for name, _ in ran)])
         queue = {semconv.TIMING: semconv.TIMING_HOST, **({} if ran else _ending(request))}
         self._top(semconv.QUEUE, self._new_context(), self._queue_times(), queue, events[semconv.QUEUE])
+        for load in request.loads:
+            self._load(load)
         for name, phase in ran:
             attributes = _phase_attributes(phase)
+            if phase is ran[0][1]:
+                attributes.update(_found(request))
             if phase is ran[-1][1]:
                 attributes.update(_ending(request))
                 attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(
@@ -70,7 +103,8 @@ class _RequestSpans:
         context: SpanContext | None,
         times_ns: tuple[int, int],
         attributes: dict[str, Any],
-        events: list[Event],
+        events: Sequence[Event] = (),
+        error: str | None = None,
     ) -> None:
         """A span right below the request."""
         frame = self._request.frame
@@ -78,7 +112,24 @@ class _RequestSpans:
         if frame.response_id:
             attributes[semconv.RESPONSE_ID] = frame.response_id
         parent = span_context(self._trace_id, frame.parent_span_id)
-        self.spans.append(self._maker.span(name, context, parent, attributes, times_ns, events=events))
+        self.spans.append(self._maker.span(name, context, parent, attributes, times_ns, events=events, error=error))
+
+    def _load(self, load: Load) -> None:
+        """A wait for KV cache; one that was not over ended with the request, and says how that ended."""
+        end = self._request.end
+        error = semconv.KV_LOAD_FAILED if load.failed else None
+        if load.end_ns is None:
+            error = error or ("unfinished" if end is None else end.reason)
+            ended_ns = self._ended_ns()
+        else:
+            ended_ns = load.end_ns + self._unix_ns
+        attributes = {
+            semconv.TIMING: semconv.TIMING_HOST,
+            semconv.KV_TOKENS: load.tokens,
+            semconv.KV_CONNECTOR: load.connector,
+        }
+        times_ns = load.start_ns + self._unix_ns, ended_ns
+        self._top(semconv.KV_LOAD, self._new_context(), times_ns, attributes, error=error)
 
     def _inside(self, name: str, phase: Phase, context: SpanContext | None) -> dict[str, Any]:
         """What is in a phase: its only step's stages, or spans of its steps; what the phase has to say of them."""
@@ -147,20 +198,29 @@ class _RequestSpans:
     def _queue_times(self) -> tuple[int, int]:
         """From the arrival to the first scheduling, which may come after the end, or never."""
         request = self._request
-        arrived_ns, end = request.frame.arrived_unix_ns, request.end
-        at_ns = request.engine_end_ns if request.first_opened_ns is None else request.first_opened_ns
-        ends_ns = [] if at_ns is None else [at_ns + self._unix_ns]
-        if end is not None:
-            ends_ns.append(end.ended_unix_ns)
-        return arrived_ns, max(arrived_ns, min(ends_ns))
+        arrived_ns = request.frame.arrived_unix_ns
+        starts_ns = [load.start_ns for load in request.loads[:1]]
+        if request.first_opened_ns is not None:
+            starts_ns.append(request.first_opened_ns)
+        ends_ns = [start_ns + self._unix_ns for start_ns in starts_ns]
+        return arrived_ns, max(arrived_ns, min([self._ended_ns(), *ends_ns]))
+
+    def _ended_ns(self) -> int:
+        """When the request was over for whoever knew it first."""
+        request, ends_ns = self._request, []
+        if request.end is not None:
+            ends_ns.append(request.end.ended_unix_ns)
+        if request.engine_end_ns is not None:
+            ends_ns.append(request.engine_end_ns + self._unix_ns)
+        return min(ends_ns)
 
     def _events(self, names: list[str]) -> dict[str, list[Event]]:
-        """The preemptions by the span that has them: of their phase or, if it has none, of the phase before."""
+        """What happened, by the span that has it: of its phase or, if there is none, of the phase before."""
         events: dict[str, list[Event]] = {name: [] for name in names}
         order = (semconv.QUEUE, semconv.PREFILL, semconv.DECODE)
-        for at_ns, phase in self._request.preemptions:
+        for at_ns, what, phase in self._request.events:
             name = [name for name in names if order.index(name) <= order.index(phase)][-1]
-            events[name].append(Event(semconv.PREEMPTED, timestamp=at_ns + self._unix_ns))
+            events[name].append(Event(what, timestamp=at_ns + self._unix_ns))
         return events
 
 
@@ -187,11 +247,24 @@ def _phase_attributes(phase: Phase) -> dict[str, Any]:
     return attributes
 
 
+def _found(request: OpenRequest) -> dict[str, Any]:
+    """How much of the prompt was not to be computed."""
+    if request.cached_tokens is None:
+        return {}
+    return {
+        semconv.REQUEST_CACHED_TOKENS: request.cached_tokens + request.fetched_tokens,
+        semconv.REQUEST_FETCHED_TOKENS: request.fetched_tokens,
+    }
+
+
 def _ending(request: OpenRequest) -> dict[str, Any]:
     """What the last of a request's spans says of the whole of it."""
     attributes: dict[str, Any] = {}
     if request.end is not None:
         attributes[semconv.REQUEST_FINISH_REASON] = request.end.reason
+    if request.drafted_tokens:
+        attributes[semconv.REQUEST_DRAFTED_TOKENS] = request.drafted_tokens
+        attributes[semconv.REQUEST_ACCEPTED_TOKENS] = request.accepted_tokens
     if request.untimed:
         attributes[semconv.REQUEST_UNTIMED_STEPS] = request.untimed
     surplus = request.surplus

@@ -21,7 +21,8 @@ SHOWN_DECODE_STEPS: Final = 3
 """So many steps of a phase are spans, the slowest ones."""
 DETAIL_STEPS: Final = 256
 """The same of each phase where detail was asked for: of most requests that is every step."""
-_MAX_PREEMPTIONS: Final = 128
+_MAX_EVENTS: Final = 128
+_MAX_LOADS: Final = 16
 
 
 class ShownStep(NamedTuple):
@@ -133,6 +134,27 @@ class Part:
         self.last = self.late = False
 
 
+class Load:
+    """A request's wait for KV cache from elsewhere.
+
+    Attributes:
+        start_ns: When the engine asked for it.
+        tokens: Of how many tokens.
+        connector: By which connector.
+        end_ns: When it had arrived, if it has.
+        failed: Whether not all of it came.
+    """
+
+    __slots__ = ("connector", "end_ns", "failed", "start_ns", "tokens")
+
+    def __init__(self, start_ns: int, tokens: int, connector: str) -> None:
+        self.start_ns = start_ns
+        self.tokens = tokens
+        self.connector = connector
+        self.end_ns: int | None = None
+        self.failed = False
+
+
 class OpenRequest:
     """A request from its arrival in an engine to its end.
 
@@ -143,7 +165,12 @@ class OpenRequest:
         end: What the front end said of its end.
         engine_end_ns: When the engine was done with it, if it is.
         first_opened_ns: When the first scheduling of it began, if one did.
-        preemptions: When it was put back into the queue, and in which phase.
+        events: What happened to it: when, what, and in which phase.
+        loads: Its waits for KV cache from elsewhere.
+        cached_tokens: How many tokens of its prompt the engine's cache had; None before it is scheduled.
+        fetched_tokens: How many came from elsewhere.
+        drafted_tokens: How many were drafted for it.
+        accepted_tokens: How many of them were accepted.
         prefill: Its prefill steps.
         decode: Its decode steps.
         surplus: Its steps that were not for it any more.
@@ -157,15 +184,20 @@ class OpenRequest:
         "_outputs",
         "_parts",
         "_unsettled",
+        "accepted_tokens",
+        "cached_tokens",
         "deadline",
         "decode",
+        "drafted_tokens",
         "end",
         "engine",
         "engine_end_ns",
+        "events",
+        "fetched_tokens",
         "first_opened_ns",
         "forgotten",
         "frame",
-        "preemptions",
+        "loads",
         "prefill",
         "surplus",
         "untimed",
@@ -178,7 +210,10 @@ class OpenRequest:
         self.end: RequestEnd | None = None
         self.engine_end_ns: int | None = None
         self.first_opened_ns: int | None = None
-        self.preemptions: list[tuple[int, str]] = []
+        self.events: list[tuple[int, str, str]] = []
+        self.loads: list[Load] = []
+        self.cached_tokens: int | None = None
+        self.fetched_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self.prefill = Phase(DETAIL_STEPS if frame.detail else SHOWN_PREFILL_STEPS)
         self.decode = Phase(DETAIL_STEPS if frame.detail else SHOWN_DECODE_STEPS)
         self.surplus = Phase()
@@ -243,13 +278,47 @@ class OpenRequest:
         """The engine has let go of it without an output."""
         self.engine_end_ns = at_ns
         for part in self._parts:
-            part.late = part.outputs < 0 and part.step.closed_ns is None
+            part.late = part.outputs < 0 and part.step.updated is None
 
     def preempted(self, at_ns: int) -> None:
         """It was put back into the queue."""
-        if len(self.preemptions) < _MAX_PREEMPTIONS:
+        self._happened(at_ns, semconv.PREEMPTED)
+
+    def found(self, cached_tokens: int, fetched_tokens: int) -> None:
+        """It was scheduled for the first time, and so much of its prompt was there already."""
+        self.cached_tokens, self.fetched_tokens = cached_tokens, fetched_tokens
+
+    def drafts_verified(self, drafted_tokens: int, accepted_tokens: int) -> None:
+        """A step verified drafts of it."""
+        self.drafted_tokens += drafted_tokens
+        self.accepted_tokens += accepted_tokens
+
+    def loading(self, at_ns: int, tokens: int, connector: str) -> None:
+        """It waits for KV cache from elsewhere."""
+        if len(self.loads) < _MAX_LOADS:
+            self.loads.append(Load(at_ns, tokens, connector))
+
+    def load_failed(self, at_ns: int) -> None:
+        """What was to come from elsewhere did not."""
+        if self._load is None:
+            self._happened(at_ns, semconv.KV_LOAD_FAILED)
+        else:
+            self._load.failed = True
+
+    def loaded(self, at_ns: int) -> None:
+        """It waits no longer for KV cache."""
+        if self._load is not None:
+            self._load.end_ns = at_ns
+
+    @property
+    def _load(self) -> Load | None:
+        """What it waits for."""
+        return self.loads[-1] if self.loads and self.loads[-1].end_ns is None else None
+
+    def _happened(self, at_ns: int, what: str) -> None:
+        if len(self.events) < _MAX_EVENTS:
             phase = semconv.DECODE if self._decoding else semconv.PREFILL
-            self.preemptions.append((at_ns, phase if self.first_opened_ns is not None else semconv.QUEUE))
+            self.events.append((at_ns, what, phase if self.first_opened_ns is not None else semconv.QUEUE))
 
     def close(self, unix_ns: int) -> None:
         """It is over: what is still apart goes into its phases, or is surplus.

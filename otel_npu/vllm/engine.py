@@ -13,6 +13,8 @@ from otel_npu.capture import context
 from otel_npu.slow import SlowSteps
 from otel_npu.vllm import tracing
 from otel_npu.vllm.front_end import announced
+from otel_npu.vllm.transfers import TransferLog
+from otel_npu.vllm.usage import Verified, cached_tokens
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -59,12 +61,13 @@ class _Running(NamedTuple):
 class _Member:
     """A request that the scheduler has: only a sampled one has a number, by which the relay knows it."""
 
-    __slots__ = ("number", "prefill_tokens", "request")
+    __slots__ = ("number", "prefill_tokens", "request", "scheduled")
 
     def __init__(self, request: Any, number: int | None) -> None:
         self.request = request
         self.number = number
         self.prefill_tokens = _prefill_tokens(request)
+        self.scheduled = False
 
 
 class EngineSteps:
@@ -79,6 +82,8 @@ class EngineSteps:
         self._endpoint = tracing.config_endpoint(vllm_config)
         tracing.recorder(self._endpoint)  # now: a relay takes a moment to start
         self._ranks = _world_size(vllm_config)
+        self._pipeline = int(getattr(vllm_config.parallel_config, "pipeline_parallel_size", 1))
+        self._bonus_tokens: int = getattr(scheduler, "num_sampled_tokens_per_step", 1)
         self._members: dict[str, _Member] = {}
         self._requests: Any = getattr(scheduler, "requests", {})
         self._step_numbers = itertools.count(1)
@@ -99,6 +104,8 @@ class EngineSteps:
                 setattr(scheduler, name, functools.wraps(method)(wrap(method)))
             else:
                 _log.warning("vLLM's %s has no %s: what it told is missing", type(scheduler).__name__, name)
+        connector = getattr(scheduler, "connector", None)
+        self._transfers = None if connector is None else TransferLog(scheduler, self._number, self._recorder)
 
     def _around_add_request(self, add_request: Callable[..., Any]) -> Callable[..., Any]:
         add = tracing.guarded(self._add)
@@ -125,13 +132,13 @@ class EngineSteps:
 
         def call(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             result = update_from_output(scheduler_output, *args, **kwargs)
-            updated(scheduler_output, result)
+            updated(scheduler_output, args[0] if args else kwargs.get("model_runner_output"), result)
             return result
 
         return call
 
     def _add(self, request: Any) -> None:
-        recorder = tracing.recorder(self._endpoint)
+        recorder = self._recorder()
         if recorder is None or request.request_id in self._requests:  # the next input of a streaming session
             return
         told = announced(getattr(request, "trace_headers", None))
@@ -151,11 +158,13 @@ class EngineSteps:
             )
 
     def _scheduled(self, output: Any, opened_ns: int) -> None:
-        recorder = tracing.recorder(self._endpoint)
+        recorder = self._recorder()
         if recorder is None:
             self._members.clear()
             return
         scheduled_ns = perf_counter_ns()
+        if self._transfers is not None:
+            self._transfers.scheduled()
         members = self._members
         gone = [members.pop(request_id, None) for request_id in output.finished_req_ids]
         ended = [member.number for member in gone if member is not None and member.number is not None]
@@ -198,6 +207,7 @@ class EngineSteps:
         )
         if total_tokens:
             setattr(output, STEP_ATTRIBUTE, tuple(step))
+        found = self._found(output.scheduled_new_reqs) if output.scheduled_new_reqs else ()
         dropped = recorder.drops.take_unsent()
         recorder.send(
             frames.Scheduled(
@@ -217,13 +227,35 @@ class EngineSteps:
                 ended,
                 dropped,
                 kept,
+                self._pipeline,
+                *found,
             ),
             dropped,
         )
 
-    def _updated(self, scheduler_output: Any, result: Any) -> None:
+    def _found(self, scheduled_new_reqs: Any) -> tuple[list[int], list[int], list[int], int, int]:
+        """What the caches had of the prompts that are scheduled for the first time, as in the frame."""
+        first: list[int] = []
+        cached: list[int] = []
+        fetched: list[int] = []
+        total_cached = total_fetched = 0
+        for new in scheduled_new_reqs:
+            member = self._members.get(new.req_id)
+            if member is None or member.scheduled:  # it may be new to a worker, after a preemption
+                continue
+            member.scheduled = True
+            here, elsewhere = cached_tokens(member.request)
+            total_cached += here
+            total_fetched += elsewhere
+            if member.number is not None:
+                first.append(member.number)
+                cached.append(here)
+                fetched.append(elsewhere)
+        return first, cached, fetched, total_cached, total_fetched
+
+    def _updated(self, scheduler_output: Any, model_runner_output: Any, result: Any) -> None:
         step = getattr(scheduler_output, STEP_ATTRIBUTE, None)
-        recorder = tracing.recorder(self._endpoint)
+        recorder = self._recorder()
         if step is None or recorder is None:
             return
         updated_ns = perf_counter_ns()
@@ -232,7 +264,12 @@ class EngineSteps:
         requests: list[int] = []
         new_tokens: list[int] = []
         finished: list[int] = []
+        drafted: list[int] = []
+        accepted: list[int] = []
         members = self._members
+        verified = None
+        if scheduler_output.scheduled_spec_decode_tokens:
+            verified = Verified(scheduler_output, model_runner_output, self._bonus_tokens)
         for outputs in result.values() if isinstance(result, dict) else (result,):
             for output in outputs.outputs:
                 member = members.get(output.request_id)
@@ -240,12 +277,24 @@ class EngineSteps:
                     continue
                 if output.finish_reason is not None:
                     del members[output.request_id]
+                counts = None if verified is None else verified.take(output.request_id)
                 if member.number is not None:
                     requests.append(member.number)
+                    if counts is not None:
+                        drafted.append(counts[0])
+                        accepted.append(counts[1])
                     new_tokens.append(len(output.new_token_ids))
                     if output.finish_reason is not None:
                         finished.append(member.number)
-        recorder.send(frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep))
+        totals = () if verified is None else (drafted, accepted, verified.drafted, verified.accepted)
+        recorder.send(frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep, *totals))
+
+    def _recorder(self) -> Recorder | None:
+        return tracing.recorder(self._endpoint)
+
+    def _number(self, request_id: str) -> int | None:
+        member = self._members.get(request_id)
+        return None if member is None else member.number
 
     def _kept(self, recorder: Recorder, kind: str) -> bool:
         """Whether a step of this kind is a trace: decided here, once, for all ranks and hosts."""
@@ -276,8 +325,8 @@ class EngineSteps:
         return semconv.SLOW
 
     def _numbers(self, request_ids: Any) -> list[int]:
-        members = [self._members.get(request_id) for request_id in request_ids]
-        return [member.number for member in members if member is not None and member.number is not None]
+        numbers = [self._number(request_id) for request_id in request_ids]
+        return [number for number in numbers if number is not None]
 
 
 def follow(init: Callable[..., Any]) -> Callable[..., Any]:

@@ -115,8 +115,10 @@ HOOKS: Final[tuple[Hook, ...]] = (
             ("prepare_attn", "0.18"),
             ("sample", "0.18"),
             ("postprocess_sampled", "0.23"),
+            ("pool", "0.18"),
         )
     ),
+    Hook("vllm", "vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model", worker.drafting, since="0.18"),
     *(
         Hook(
             "vllm_ascend",
@@ -132,8 +134,17 @@ HOOKS: Final[tuple[Hook, ...]] = (
         "vllm",
         "vllm.v1.worker.gpu.cudagraph_utils",
         "ModelCudaGraphManager.run_fullgraph",
-        worker.staged("forward"),
+        worker.full_graph,
         since="0.18",
+    ),
+    Hook("vllm", "vllm.distributed.eplb.eplb_state", "EplbState.step", worker.staged("eplb"), since="0.11"),
+    Hook(
+        "vllm",
+        "vllm.distributed.kv_transfer.kv_connector.factory",
+        "KVConnectorFactory.create_connector",
+        worker.loading_kv,
+        ("role",),
+        since="0.10",
     ),
 )
 """What is patched, by package and version. Each patch stands alone: one that finds no target is a warning."""

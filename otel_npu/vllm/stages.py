@@ -103,6 +103,7 @@ STAGES: Final = _table(
         "sample": ("sample", DEVICE),
         "postprocess_sampled": ("post_process", DEVICE),
         "postprocess": ("post_process", DEVICE),  # vllm-ascend 0.18; 0.23 has both
+        "pool": ("post_process", DEVICE),  # as in V1, which pools in its scope of that
         # The scheduler: the first is entered once a request.
         "schedule: allocate_slots": ("", IGNORED),
         "schedule: get_num_common_prefix_blocks": ("", IGNORED),  # up to vLLM 0.23

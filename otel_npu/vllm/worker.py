@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import types
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
 
 _DUMMY: Final = "dummy"
 _FORWARD: Final = "forward"
+_DRAFT: Final = "draft"
+_KV_LOAD: Final = "kv_load"
+_FULL: Final = "full"
 
 
 class _Thread(threading.local):
     """The worker's step that is open on this thread, if its stages are wanted."""
 
     step: Step | None = None
+    loads_kv: bool = True
+    """Whether its step loads KV cache before its forward; versions that don't say may."""
 
 
 _thread = _Thread()
@@ -53,6 +59,7 @@ class WorkerSteps:
         recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
+        _thread.loads_kv = getattr(scheduler_output, "has_sync_kv_loads", True)
         told = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         if told is None:
             self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
@@ -312,6 +319,69 @@ def forward_inside(set_forward_context: Callable[..., Any]) -> Callable[..., Any
             yield entered
 
     return call
+
+
+def full_graph(run_fullgraph: Callable[..., Any]) -> Callable[..., Any]:
+    """Model runner V2's `run_fullgraph`: its forward as one graph, which is in no forward context."""
+    run = staged(_FORWARD)(run_fullgraph)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        step = _thread.step
+        if step is not None and step.attributes is not None:
+            step.attributes[semconv.GRAPH_MODE] = _FULL
+        return run(*args, **kwargs)
+
+    return call
+
+
+def drafting(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Model runner V2's `load_model`, after which its speculator, of whatever kind, is there to stay."""
+    prepare = tracing.guarded(_stage_drafts)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_model(self, *args, **kwargs)
+        prepare(getattr(self, "speculator", None))
+        return result
+
+    return call
+
+
+def _stage_drafts(speculator: Any) -> None:
+    if hasattr(speculator, "propose"):
+        _stage_method(speculator, "propose", staged(_DRAFT))
+
+
+def loading_kv(create_connector: Callable[..., Any]) -> Callable[..., Any]:
+    """`KVConnectorFactory.create_connector`: where a worker's loads, before the step's forward, is a stage."""
+    prepare = tracing.guarded(_stage_loads)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        connector = create_connector(*args, **kwargs)
+        prepare(connector)
+        return connector
+
+    return call
+
+
+def _stage_loads(connector: Any) -> None:
+    if getattr(connector.role, "name", "") == "WORKER":
+        _stage_method(connector, "start_load_kv", _loads)
+
+
+def _loads(start_load_kv: Callable[..., Any]) -> Callable[..., Any]:
+    load = staged(_KV_LOAD)(start_load_kv)
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # of every step, most of which load nothing
+        return load(*args, **kwargs) if _thread.loads_kv else start_load_kv(*args, **kwargs)
+
+    return call
+
+
+def _stage_method(owner: Any, name: str, wrap: Callable[..., Any]) -> None:
+    """Wrap a method on one object, once: its class may be anybody's."""
+    method = getattr(owner, name)
+    if not hasattr(method, "__wrapped__") or name not in vars(owner):
+        setattr(owner, name, functools.wraps(method)(wrap(method)))
 
 
 def noting_graph_mode(set_forward_context: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 DeviceNanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
 Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=1 << 31)]
 
 Scalar: TypeAlias = str | bool | Integer | float
@@ -158,6 +159,10 @@ class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
     were scheduled for it, and whether they are of its prompt. `total_tokens` and `total_requests` count the others
     too. `preempted` were put back into the queue by this scheduling. `ended` have left the engine since the frame
     before, without an output that said so: they were aborted.
+
+    `first`, `cached` and `fetched` go together: of each sampled request that was never scheduled before, how many
+    tokens of its prompt the engine's own cache had, and how many came from elsewhere; the totals count the others too.
+    `pipeline` is how many stages the ranks are in.
     """
 
     trace_id: bytes
@@ -176,6 +181,12 @@ class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
     ended: list[Count]
     dropped: dict[str, Count]
     kept: bool = True
+    pipeline: Positive = 1
+    first: list[Count] = []
+    cached: list[Count] = []
+    fetched: list[Count] = []
+    total_cached: Count = 0
+    total_fetched: Count = 0
 
 
 class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
@@ -183,7 +194,8 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
 
     `requests` and `new_tokens` go together: how many tokens the step gave each sampled request that has an output.
     `finished` are those whose last output this was, as far as the engine knows. `keep` says why the step is kept
-    after all, if it is.
+    after all, if it is. Of a step that verified drafts `drafted` and `accepted` have the tokens of each of `requests`,
+    else nothing; the totals count all requests.
     """
 
     span_id: bytes
@@ -192,6 +204,28 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
     new_tokens: list[Count]
     finished: list[Count]
     keep: str = ""
+    drafted: list[Count] = []
+    accepted: list[Count] = []
+    total_drafted: Count = 0
+    total_accepted: Count = 0
+
+
+class Transfers(msgspec.Struct, array_like=True, tag="transfers", frozen=True):
+    """KV cache of an engine's requests is on its way from elsewhere, or to elsewhere, or has arrived there.
+
+    `loading` and `tokens` go together: requests that wait from now on for so many tokens. `loaded` wait no more.
+    `failed` have to compute what did not come. The blocks of `sending` are kept although the request is over, and
+    those of `sent` are free.
+    """
+
+    connector: str
+    at_ns: Nanoseconds
+    loading: list[Count] = []
+    tokens: list[Count] = []
+    loaded: list[Count] = []
+    failed: list[Count] = []
+    sending: list[Count] = []
+    sent: list[Count] = []
 
 
 class Keep(msgspec.Struct, array_like=True, tag="keep", frozen=True):
@@ -231,7 +265,9 @@ class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     complete: bool
 
 
-Frame: TypeAlias = Hello | Step | Steps | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Flush
+Frame: TypeAlias = (
+    Hello | Step | Steps | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Transfers | Flush
+)
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
@@ -314,6 +350,8 @@ def _check_scheduled(scheduled: Scheduled) -> None:
     _check_id("span id", scheduled.span_id, 8, may_be_absent=False)
     if not len(scheduled.requests) == len(scheduled.tokens) == len(scheduled.prefills):
         raise ValueError(f"{len(scheduled.requests)} requests with {len(scheduled.tokens)} counts of tokens")
+    if not len(scheduled.first) == len(scheduled.cached) == len(scheduled.fetched):
+        raise ValueError(f"{len(scheduled.first)} new requests with {len(scheduled.cached)} counts of cached tokens")
     if sum(scheduled.tokens) > scheduled.total_tokens or len(scheduled.requests) > scheduled.total_requests:
         raise ValueError("a step with more in its parts than in all")
 
@@ -322,6 +360,13 @@ def _check_updated(updated: Updated) -> None:
     _check_id("span id", updated.span_id, 8, may_be_absent=False)
     if len(updated.requests) != len(updated.new_tokens):
         raise ValueError(f"{len(updated.requests)} requests with {len(updated.new_tokens)} counts of new tokens")
+    if not len(updated.drafted) == len(updated.accepted) in {0, len(updated.requests)}:
+        raise ValueError(f"{len(updated.requests)} requests with {len(updated.drafted)} counts of drafts")
+
+
+def _check_transfers(transfers: Transfers) -> None:
+    if len(transfers.loading) != len(transfers.tokens):
+        raise ValueError(f"{len(transfers.loading)} loads with {len(transfers.tokens)} counts of tokens")
 
 
 def _check_keep(keep: Keep) -> None:
@@ -341,6 +386,7 @@ _CHECKS: Final[dict[type, Callable[[Any], None]]] = {
     Scheduled: _check_scheduled,
     Updated: _check_updated,
     Keep: _check_keep,
+    Transfers: _check_transfers,
     RequestEnd: _check_request_end,
 }
 

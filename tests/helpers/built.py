@@ -126,6 +126,10 @@ def updated(number: int = 1, /, **changes: Any) -> frames.Updated:
     return frames.Updated(**fields)
 
 
+def transfers(**changes: Any) -> frames.Transfers:
+    return frames.Transfers(**{"connector": "Connector", "at_ns": 700, **changes})
+
+
 def request_end(number: int = 1, /, **changes: Any) -> frames.RequestEnd:
     fields: dict[str, Any] = {
         "key": number.to_bytes(8, "big"),

@@ -11,7 +11,7 @@ from otel_npu.relay.client import Client
 from otel_npu.relay.joiner import Joiner
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
-from tests.helpers.built import hello, request, request_end, scheduled, stage, step, updated
+from tests.helpers.built import hello, request, request_end, scheduled, stage, step, transfers, updated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,6 +173,10 @@ class Joined:
         }
         self.joiner.take(self.engine, updated(number, **fields))
 
+    def move(self, at_ms: float, **changes: Any) -> None:
+        """KV cache is on its way, or has arrived."""
+        self.joiner.take(self.engine, transfers(at_ns=round(at_ms * MS), **changes))
+
     def step(self, number: int, *requests: int, **changes: Any) -> None:
         """A whole step that gives each of these requests one token."""
         finished = changes.pop("finished", [])
@@ -191,5 +195,5 @@ class Joined:
         joiner = self.joiner
         kept: list[Any] = [joiner._steps, joiner._requests, joiner._ending, joiner._strange_ends]
         for engine in joiner._engines.values():
-            kept += [engine.requests, engine.steps]
+            kept += [engine.requests, engine.steps, engine.sends]
         return not any(kept) and not joiner.waiting

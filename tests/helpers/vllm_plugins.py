@@ -37,6 +37,25 @@ def unforce_async_scheduling() -> None:
     CpuPlatform.check_and_update_config = classmethod(unforced)
 
 
+def mend_the_interpreter() -> None:
+    """Let Triton's interpreter take masks that are no flags, as n-gram speculation's kernels have them."""
+    if not _first("mend_the_interpreter"):
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
+
+
 def simulate_npu() -> None:
     """In each worker the real torch_npu on the simulated runtime, with one kernel in each of some stages.
 

@@ -14,7 +14,7 @@ import textwrap
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -36,6 +36,19 @@ ROOMY = ("--kv-cache-memory-bytes", str(64 << 20))
 # transformers imports torch_npu where it is installed, which fails without an Ascend runtime.
 WITHOUT_TORCH_NPU = 'import sys\nsys.modules["torch_npu"] = None\n'
 
+# Model runner V2 needs Triton, whose interpreter runs its kernels on the CPU. vLLM looks for a backend of that name, of
+# which nothing is used then.
+INTERPRETED = """
+import types
+import triton.backends
+driver = types.SimpleNamespace(is_active=lambda: False)
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+"""
+V2: Final = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+needs_v2 = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: `make test` installs it with vLLM"
+)
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed: `make test` installs it on x86-64 with Python 3.11, "
@@ -43,17 +56,18 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
-def vllm_environment(folder: Path, plugins: Mapping[str, str] | None = None) -> dict[str, str]:
+def vllm_environment(folder: Path, plugins: Mapping[str, str] | None = None, *, v2: bool = False) -> dict[str, str]:
     """The environment of a test's vLLM, offline and with all that is its own in the folder.
 
     Args:
         folder: Where its relay's socket and what Python loads first in each of its processes lie.
         plugins: vLLM plugins of the test's own, by name: "module:function".
+        v2: Whether it uses model runner V2.
     """
     run, site = folder / "run", folder / "site"
     run.mkdir(parents=True, exist_ok=True)
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(WITHOUT_TORCH_NPU)
+    (site / "sitecustomize.py").write_text(WITHOUT_TORCH_NPU + (INTERPRETED if v2 else ""))
     information = site / "vllm_tests-0.dist-info"
     information.mkdir(exist_ok=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-tests\nVersion: 0\n")
@@ -73,6 +87,7 @@ def vllm_environment(folder: Path, plugins: Mapping[str, str] | None = None) -> 
         "OTEL_BSP_MAX_QUEUE_SIZE": "65536",  # the receiver shares its process with the clients
         "OTEL_NPU_ENABLED": "1",
         "OTEL_NPU_DEVICE": "cpu",
+        **(V2 if v2 else {}),
     }
 
 
@@ -84,6 +99,7 @@ class Server:
         arguments: What its command line holds beside the usual.
         environment: What its environment holds beside the usual; None removes.
         plugins: As in `vllm_environment`.
+        v2: As there.
     """
 
     def __init__(
@@ -92,10 +108,12 @@ class Server:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str | None] | None = None,
         plugins: Mapping[str, str] | None = None,
+        *,
+        v2: bool = False,
     ) -> None:
         self.folder = folder
         self.port = free_port()
-        given = {**vllm_environment(folder, plugins), **(environment or {})}
+        given = {**vllm_environment(folder, plugins, v2=v2), **(environment or {})}
         self._environment = {name: value for name, value in given.items() if value is not None}
         self._arguments = arguments
         self._log = folder / "log"
@@ -195,13 +213,18 @@ class Server:
 
 
 def run_in_one_process(
-    folder: Path, source: str, environment: Mapping[str, str] | None = None, seconds: float = START_SECONDS
+    folder: Path,
+    source: str,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = START_SECONDS,
+    *,
+    v2: bool = False,
 ) -> str:
     """Run a program that uses vLLM's `LLM` with all of the engine in its own process; gives what it writes.
 
     The program finds the model's folder in `MODEL` and `llm(**arguments)`, which makes the `LLM`.
     """
-    given = {**vllm_environment(folder), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}
+    given = {**vllm_environment(folder, v2=v2), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}
     path = folder / "program.py"
     path.write_text(_PROLOGUE.format(model=str(tiny_model())) + textwrap.dedent(source))
     done = subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 
 from otel_npu.vllm import engine
 from otel_npu.vllm.front_end import KEY, Announced
+from otel_npu.vllm.usage import cached_tokens
 from otel_npu.wire import frames
 from tests.helpers.capturing import capturing
 
@@ -28,6 +29,8 @@ class Scheduler:
     def __init__(self) -> None:
         self.finished: set[str] = set()
         self.requests: dict[str, Any] = {}
+        self.seen: set[str] = set()
+        self.drafts: dict[str, list[int]] = {}
 
     def add_request(self, request: Any) -> None:
         self.requests[request.request_id] = request
@@ -35,12 +38,15 @@ class Scheduler:
     def schedule(self, tokens: dict[str, int], preempted: tuple[str, ...] = ()) -> Any:
         for request_id, count in tokens.items():
             self.requests[request_id].num_computed_tokens += count
+        new, self.seen = tokens.keys() - self.seen, self.seen | tokens.keys()
         finished, self.finished = self.finished, set()
         return types.SimpleNamespace(
             num_scheduled_tokens=tokens,
             total_num_scheduled_tokens=sum(tokens.values()),
             finished_req_ids=finished,
             preempted_req_ids=set(preempted),
+            scheduled_new_reqs=[types.SimpleNamespace(req_id=request_id) for request_id in new],
+            scheduled_spec_decode_tokens=self.drafts,
         )
 
     def update_from_output(self, scheduler_output: Any, outputs: dict[str, tuple[int, str | None]]) -> dict[int, Any]:
@@ -355,3 +361,127 @@ def test_steps_without_an_output_are_forgotten(captured: Captured) -> None:
     for _ in range(1000):
         scheduler.schedule({"a": 1})
     assert len(steps._running) == 64
+
+
+# What a request got for nothing
+
+
+def test_what_the_caches_had_of_a_prompt_is_told_once_with_the_step_that_first_serves_it(
+    captured: Captured, scheduler: Scheduler
+) -> None:
+    for made, here, elsewhere in ((request("a"), 32, 16), (request("b", sampled=False), 8, 0)):
+        stats = {"num_local_cached_tokens": here, "num_external_cached_tokens": elsewhere}
+        made.prefill_stats = types.SimpleNamespace(**stats)
+        scheduler.add_request(made)
+    scheduler.schedule({"a": 4, "b": 4})
+    scheduler.seen.clear()  # model runner V2 sees a resumed request as a new one
+    scheduler.schedule({"a": 1, "b": 1})
+    first, second = told(captured, frames.Scheduled)
+    assert (first.first, first.cached, first.fetched) == ([1], [32], [16])
+    assert (first.total_cached, first.total_fetched) == (40, 16)
+    assert (second.first, second.total_cached, second.total_fetched) == ([], 0, 0)
+
+
+def test_versions_that_count_on_the_request_itself_are_understood() -> None:
+    assert cached_tokens(types.SimpleNamespace(num_cached_tokens=48, num_external_computed_tokens=16)) == (32, 16)
+    assert cached_tokens(types.SimpleNamespace(num_cached_tokens=-1)) == (0, 0)
+
+
+def test_drafts_are_counted_as_vllm_counts_them(captured: Captured, scheduler: Scheduler) -> None:
+    for name in ("a", "b", "c"):
+        scheduler.add_request(request(name, sampled=name != "b"))
+    scheduler.drafts = {"a": [7, 8, 9], "b": [7, 8]}
+    output = scheduler.schedule({"a": 4, "b": 3, "c": 1})
+    output.num_invalid_spec_tokens = {"a": 1}
+    outputs = Outputs({"a": (1, "length"), "b": (1, None), "c": (1, None)})
+    outputs.sampled_token_ids = [[1, 2, 3], [4], [5]]  # of which vLLM passes on what is before the request's end
+    outputs.req_id_to_index = {"a": 0, "b": 1, "c": 2}
+    scheduler.update_from_output(output, outputs)
+    (updated,) = told(captured, frames.Updated)
+    assert (updated.requests, updated.drafted, updated.accepted) == ([1, 2], [2, 0], [2, 0])
+    assert (updated.total_drafted, updated.total_accepted) == (4, 2)
+
+
+class Outputs(dict[str, tuple[int, str | None]]):
+    """What a model runner gave."""
+
+    sampled_token_ids: list[list[int]]
+    req_id_to_index: dict[str, int]
+
+
+# KV cache from elsewhere
+
+
+class Connector:
+    """A KV connector's half in the scheduler."""
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        pass
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+        return bool(block_ids), None
+
+
+class Fetching(Scheduler):
+    """A scheduler with a connector, whose requests wait where a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connector = Connector()
+        self.failed_recving_kv_req_ids: set[str] = set()
+
+    def _handle_invalid_blocks(self, failed: set[str]) -> set[str]:
+        return failed
+
+
+@pytest.fixture
+def fetching(captured: Captured) -> Iterator[Any]:
+    scheduler: Any = Fetching()
+    engine.EngineSteps(scheduler, CONFIG)
+    for made in (request("a"), request("b"), request("c", sampled=False)):
+        made.status = types.SimpleNamespace(name="RUNNING")
+        scheduler.add_request(made)
+    return scheduler  # type: ignore[no-any-return]
+
+
+def done(received: set[str] = frozenset(), sent: set[str] | None = None) -> Any:  # type: ignore[assignment]
+    return types.SimpleNamespace(finished_recving=received or None, finished_sending=sent)
+
+
+def test_a_request_that_waits_for_kv_cache_is_told_when_it_begins_and_when_it_ends(
+    captured: Captured, fetching: Any
+) -> None:
+    waiting = fetching.requests["a"]
+    for name in ("a", "b", "c"):  # that of b is loaded inside its step
+        fetching.connector.update_state_after_alloc(fetching.requests[name], None, 32)
+    waiting.status = types.SimpleNamespace(name="WAITING_FOR_REMOTE_KVS")
+    fetching.schedule({})
+    fetching.connector.update_state_after_alloc(waiting, None, 0)
+    fetching.connector.update_connector_output(done())
+    fetching.connector.update_connector_output(done({"a", "c"}))
+    begun, ended = told(captured, frames.Transfers)
+    assert (begun.connector, begun.loading, begun.tokens) == ("Connector", [1], [32])
+    assert (ended.loading, ended.loaded, ended.failed) == ([], [1], [])
+    assert begun.at_ns <= ended.at_ns
+
+
+def test_loads_that_failed_are_told(captured: Captured, fetching: Any) -> None:
+    fetching.failed_recving_kv_req_ids.add("a")
+    fetching.connector.update_connector_output(done({"a"}))
+    assert fetching._handle_invalid_blocks({"b", "c"}) == {"b", "c"}
+    waited, in_step = told(captured, frames.Transfers)
+    assert (waited.loaded, waited.failed) == ([1], [1])
+    assert (in_step.loaded, in_step.failed) == ([], [2])
+
+
+def test_blocks_that_are_kept_for_somebody_else_are_told_until_they_are_free(captured: Captured, fetching: Any) -> None:
+    assert fetching.connector.request_finished(fetching.requests["a"], [1]) == (True, None)
+    fetching.connector.request_finished(fetching.requests["b"], [])
+    fetching.finished = {"a", "b", "c"}
+    fetching.schedule({})
+    fetching.connector.update_connector_output(done(sent={"a", "c"}))
+    kept, free = told(captured, frames.Transfers)
+    assert (kept.sending, free.sent) == ([1], [1])

@@ -93,7 +93,7 @@ def run():
 
 
 with capturing() as captured:
-    Worker().execute_model(types.SimpleNamespace(total_num_scheduled_tokens=1))
+    Worker().execute_model(types.SimpleNamespace(total_num_scheduled_tokens=1, num_scheduled_tokens={"a": 1}))
     step = captured.step()
 print(json.dumps([[stage.name for stage in step.stages], step.attributes["npu.graph.mode"]]))
 """

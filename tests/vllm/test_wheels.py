@@ -156,7 +156,7 @@ class TestProfileExecuteDuration:
                 parallel_config=types.SimpleNamespace(tensor_parallel_size=1, world_size=1)
             )
 
-        scheduler_output = types.SimpleNamespace(total_num_scheduled_tokens=1)
+        scheduler_output = types.SimpleNamespace(total_num_scheduled_tokens=1, num_scheduled_tokens={"a": 1})
         return worker.around_execute_model(execute_model)(Worker(), scheduler_output)
 
     def test_left_as_it_is_its_pop_waits_for_the_device(

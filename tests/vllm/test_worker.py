@@ -68,7 +68,7 @@ def stage(name: str) -> None:
 
 def output(*, tokens: int = 1, result: object = None, told: bool = True, trace_id: bytes = TRACE) -> Any:
     """A scheduler's output, with the context of its step."""
-    made = types.SimpleNamespace(total_num_scheduled_tokens=tokens, result=result)
+    made = types.SimpleNamespace(total_num_scheduled_tokens=tokens, num_scheduled_tokens={"a": tokens}, result=result)
     if told:
         setattr(made, STEP_ATTRIBUTE, (trace_id, ENGINE_STEP, 7, "decode"))
     return made
