@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import zlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from otel_npu.relay.client import Account
 
 _FAST: Final = 1  # what the next levels save is not worth their time
+_LITTLE: Final = 3  # what zlib makes so many times smaller is small
 
 
 class Batch:
@@ -98,6 +100,13 @@ class Delivery:
             self._batch.settle(self._lost)
 
 
+class Packing(NamedTuple):
+    """A request made small, and what makes it whole again."""
+
+    content: bytes
+    unpack: Callable[[bytes], bytes]
+
+
 class Load:
     """A batch, or a part of one, that waits for one exporter or is under way to it.
 
@@ -117,8 +126,8 @@ class Load:
         self.count = count
         self.spans = spans
         self.tries = 0
-        self.packed = False
         self._content = body
+        self._unpack: Callable[[bytes], bytes] | None = None
 
     @property
     def size(self) -> int:
@@ -126,18 +135,26 @@ class Load:
         return len(self._content)
 
     @property
+    def packed(self) -> bool:
+        """Whether it has been made small."""
+        return self._unpack is not None
+
+    @property
     def body(self) -> bytes:
         """The request, encoded."""
-        return zlib.decompress(self._content) if self.packed else self._content
+        return self._content if self._unpack is None else self._unpack(self._content)
 
-    def packing(self) -> bytes:
-        """Its packed form."""
-        return zlib.compress(self._content, _FAST)
+    def packing(self) -> Packing:
+        """Its packed form; the interpreter is free for others meanwhile."""
+        packed = zlib.compress(self._content, _FAST)
+        if len(packed) * _LITTLE < len(self._content):
+            return Packing(packed, zlib.decompress)
+        # The same thousand links on every step: zlib looks back 32 kB, which is less than one such step.
+        return Packing(lzma.compress(self._content, preset=0), lzma.decompress)
 
-    def pack(self, packed: bytes) -> None:
+    def pack(self, packing: Packing) -> None:
         """Hold its packed form: it has to wait."""
-        if not self.packed:
-            self._content, self.packed = packed, True
+        self._content, self._unpack = packing.content, packing.unpack
 
     def halves(self) -> list[Load]:
         """The same spans, in two requests."""

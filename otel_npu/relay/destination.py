@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from otel_npu.relay.batches import Batch
+    from otel_npu.relay.batches import Batch, Packing
 
 GIVE_UP_SECONDS: Final = 300.0
 """For how long a batch is tried."""
@@ -96,11 +96,11 @@ class Destination:
             return []
         return [load for load in self.waiting if not load.packed]
 
-    def pack(self, load: Load, packed: bytes) -> None:
+    def pack(self, load: Load, packing: Packing) -> None:
         """Take in the packed form of what waits, if it still does."""
         if load in self.waiting:  # else it is being read
-            self._size += len(packed) - load.size
-            load.pack(packed)
+            self._size += len(packing.content) - load.size
+            load.pack(packing)
 
     # Out.
 

@@ -209,9 +209,9 @@ class ExportQueue:
                 if not loads:
                     self._changed.wait(self._until_next())
             for destination, load in loads:
-                packed = load.packing()  # lets others run meanwhile
+                packing = load.packing()
                 with self._changed:
-                    destination.pack(load, packed)
+                    destination.pack(load, packing)
 
     def _until_next(self) -> float:
         """Seconds until something is due by the clock."""

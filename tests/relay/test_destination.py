@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
 
-from otel_npu.relay.batches import Batch
+from otel_npu.relay.batches import Batch, Delivery, Load
 from otel_npu.relay.client import Account
 from otel_npu.relay.destination import (
     FIRST_WAIT_SECONDS,
@@ -21,13 +21,11 @@ from otel_npu.relay.destination import (
     Bounds,
     Destination,
 )
-from otel_npu.relay.encoding import encode_span
+from otel_npu.relay.encoding import encode_request, encode_span
+from otel_npu.relay.links import Links
 from otel_npu.relay.otlp import OtlpExporter
 from otel_npu.relay.otlp_settings import OtlpSettings
 from otel_npu.relay.outcomes import Later, Never, Outcome, Taken, TooLarge
-
-if TYPE_CHECKING:
-    from otel_npu.relay.batches import Load
 
 RESOURCE = Resource({"service.name": "vllm"})
 TAKEN = Taken()
@@ -308,6 +306,18 @@ def test_what_has_to_wait_is_made_small_and_counted_as_small() -> None:
         assert b"span9" in load.body
         bench.destination.done(load, TAKEN)
     assert bench.destination._size == bench.destination._spans == 0
+
+
+def test_even_a_thousand_links_on_every_step_are_made_small() -> None:
+    """The same requests are served again and again, but further back than zlib looks."""
+    raw = [random.randbytes(24) + b"\1" for _ in range(1000)]
+    context = SpanContext(1, 2, is_remote=False)
+    made: dict[str, Any] = {"links": Links(None, raw), "resource": RESOURCE, "start_time": 1, "end_time": 2}
+    body = encode_request(ReadableSpan("worker_step", context, **made) for _ in range(30))
+    load = Load(Delivery(Batch(1, 0.0, lambda _: None)), 0.0, 30, body)
+    load.pack(load.packing())
+    assert load.size < len(body) / 20
+    assert load.body == body
 
 
 def test_what_is_under_way_is_not_touched() -> None:
