@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
+_MOST: Final = frames.MAX_NANOSECONDS
 _DROPS_BYTES: Final = 1024  # of the drop counts that may go with a step
 _MAP_BYTES: Final = 2  # of a map, beyond the one entry
 MAX_LINKS: Final = 4096  # of one step: its frame has to fit into a packet
@@ -135,8 +136,8 @@ class Resolver:
             times = [self._time(pair) for pair in pairs]  # one bad event must not cost the others their times
         host_clock = device.host_clock
         for stage, time in zip(timed, times, strict=True):
-            # An end before its start is an old timing: the end was recorded into a graph.
-            if time is None or time[1] < 0:
+            # An end before its start is an old timing: the end was recorded into a graph. A clock may also be nonsense.
+            if time is None or not (-_MOST <= time[0] <= _MOST and 0 <= time[1] <= _MOST):
                 self._drops.add(semconv.TIMES_UNREADABLE)
                 stage.device_ns = stage.duration_ns = None
             else:

@@ -18,8 +18,9 @@ MAX_STAGES: Final = 1024  # of one step
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
 # Checked by whoever decodes, at no cost to whoever sends: one value that OTLP can't hold fails a whole export.
-Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-DeviceNanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
+MAX_NANOSECONDS: Final = 1 << 62
+Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_NANOSECONDS)]
+DeviceNanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-MAX_NANOSECONDS, le=MAX_NANOSECONDS)]
 Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]

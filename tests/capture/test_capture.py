@@ -832,8 +832,12 @@ class TestFaults:
         assert (on_device(first), on_device(second)) == ([True, False, True], [True])
         assert captured.dropped() == {"times_unreadable": 1}
 
-    def test_an_end_before_its_start_is_not_believed(self, captured: Captured) -> None:
-        captured.device.read = lambda _, pairs: [(SECOND, -20) for _ in pairs]  # type: ignore[method-assign,assignment]
+    @pytest.mark.parametrize("time", [(SECOND, -20), ((1 << 64) * 1000, SECOND), (-(1 << 63), 0), (SECOND, 1 << 63)])
+    def test_what_can_be_no_time_costs_the_time_and_not_the_step(
+        self, captured: Captured, time: tuple[int, int]
+    ) -> None:
+        """An end before its start was recorded into a graph; a clock that shows -1 has 2^64 - 1 microseconds."""
+        captured.device.read = lambda _, pairs: [time for _ in pairs]  # type: ignore[method-assign,assignment]
         captured.stage("forward")
         assert on_device(captured.step()) == [False]
         assert captured.dropped() == {"times_unreadable": 1}

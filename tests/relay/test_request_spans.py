@@ -648,6 +648,7 @@ def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, mo
     monkeypatch.setattr(joiner, "MAX_REQUESTS", 10)
     joined.open(*range(1, 12))
     assert joined.drops.take_line() == "1 too_many_requests"
+    assert joined.engine.account.lost == 1  # its next flush says so
     joined.step(1, 1, 11, prefill=True, finished=[1, 11])
     joined.end(1, 1)
     joined.end(11, 1)
@@ -700,6 +701,7 @@ def test_what_an_engine_that_dies_leaves_unfinished_is_counted_and_no_spans(join
     joined.pass_seconds(1)
     assert [parent_id(span) for span in joined.named("queue")] == [3]  # its end was known
     assert joined.drops.take_line() == "2 request_unfinished"
+    assert joined.engine.account.lost == 2
     joined.end(1, 1, "abort")
     joined.pass_seconds(2.1)
     assert joined.is_empty()
