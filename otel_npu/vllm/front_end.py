@@ -37,6 +37,7 @@ _GIVES_IDS: Final = "_otel_npu_gives_ids"
 _LLM_REQUEST: Final = "llm_request"
 _TRACER: Final = "vllm.tracing.otel"
 _ABORT: Final = "abort"
+_ERROR: Final = "error"
 _propagator: Final = TraceContextTextMapPropagator()
 
 
@@ -253,15 +254,52 @@ def _aborted(processor: Any, states: dict[str, Any] | None, request_ids: list[st
     for request_id in request_ids:
         state = (states or {}).get(request_id)
         arrival = _arrival_of(state)
-        if arrival is not None and not arrival.ended:  # of sequences of one call vLLM tells twice
-            arrival.ended = True
-            ended_unix_ns = time.time_ns()
-            if _vllm_traces(processor) and _gives_ids(processor):
-                _make_llm_request(_maker(processor), arrival, state, ended_unix_ns)
-            _tell_end(processor, arrival, state, _ABORT, ended_unix_ns)
+        if arrival is not None:
+            _end_without_span(processor, arrival, state, _ABORT)
 
 
-def _make_llm_request(maker: Any, arrival: Arrival, state: Any, ended_unix_ns: int) -> None:
+def around_process_outputs(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """`OutputProcessor.process_outputs`: a request that the engine rejects when it arrives is dropped in there."""
+
+    def call(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rejected = _states_of_rejected(self, engine_core_outputs)
+        result = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        if rejected:
+            _rejected(self, rejected)
+        return result
+
+    return call
+
+
+@tracing.guarded
+def _states_of_rejected(processor: Any, outputs: Any) -> list[tuple[Any, str]]:
+    failed = [output for output in outputs if getattr(output, "error", None) is not None]
+    return [(processor.request_states.get(output.request_id), output.error.code) for output in failed]
+
+
+@tracing.guarded
+def _rejected(processor: Any, rejected: list[tuple[Any, str]]) -> None:
+    for state, code in rejected:
+        arrival = _arrival_of(state)
+        # One that is still there, or has ended in the usual way, vLLM goes on with.
+        if arrival is not None and processor.request_states.get(state.request_id) is not state:
+            _end_without_span(processor, arrival, state, _ERROR, code)
+
+
+def _end_without_span(processor: Any, arrival: Arrival, state: Any, reason: str, error: str | None = None) -> None:
+    """A request has ended of which vLLM makes no span."""
+    if arrival.ended:  # of sequences of one call vLLM tells twice
+        return
+    arrival.ended = True
+    ended_unix_ns = time.time_ns()
+    if _vllm_traces(processor) and _gives_ids(processor):
+        _make_llm_request(_maker(processor), arrival, state, ended_unix_ns, reason, error)
+    _tell_end(processor, arrival, state, reason, ended_unix_ns)
+
+
+def _make_llm_request(
+    maker: Any, arrival: Arrival, state: Any, ended_unix_ns: int, reason: str, error: str | None
+) -> None:
     if arrival.announced is not None:
         with chosen.ids(maker, arrival):
             tracer = maker if hasattr(maker, "start_span") else trace.get_tracer(_TRACER)
@@ -276,12 +314,15 @@ def _make_llm_request(maker: Any, arrival: Arrival, state: Any, ended_unix_ns: i
             {
                 semconv.REQUEST_ID: arrival.announced.request_id,
                 semconv.RESPONSE_ID: arrival.announced.response_id,
-                semconv.FINISH_REASONS: [_ABORT],
+                semconv.FINISH_REASONS: [reason],
                 semconv.PROMPT_TOKENS: state.prompt_len,
                 semconv.COMPLETION_TOKENS: _output_tokens(state),
                 semconv.LATENCY: semconv.seconds(ended_unix_ns - arrival.arrived_unix_ns),
             }
         )
+        if error is not None:
+            span.set_attribute(semconv.ERROR_TYPE, error)
+            span.set_status(trace.StatusCode.ERROR, error)
         span.end(ended_unix_ns)
 
 

@@ -49,6 +49,14 @@ HOOKS: Final[tuple[Hook, ...]] = (
         ("req_state", "finish_reason"),
     ),
     Hook("vllm", "vllm.v1.engine.output_processor", "OutputProcessor.abort_requests", front_end.around_abort),
+    Hook(
+        "vllm",
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.process_outputs",
+        front_end.around_process_outputs,
+        ("engine_core_outputs",),
+        since="0.33",
+    ),
     Hook("vllm", "vllm.v1.engine.async_llm", "AsyncLLM.add_request", front_end.around_generate, ("trace_headers",)),
     # The engine: steps are scheduled, and their outputs come back.
     Hook("vllm", "vllm.v1.core.sched.scheduler", "Scheduler.__init__", engine.follow, ("vllm_config",)),
@@ -79,7 +87,7 @@ HOOKS: Final[tuple[Hook, ...]] = (
         )
         for module, since, until in (
             ("vllm.executor.ray_utils", "", "0.11.1"),
-            ("vllm.v1.executor.ray_utils", "0.11.1", ""),
+            ("vllm.v1.executor.ray_utils", "0.11.1", "0.33"),  # from then on Ray's workers are ordinary ones
         )
     ),
     Hook("vllm", "vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", worker.around_warm_up),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from tests.helpers import REPOSITORY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 CACHE: Final = REPOSITORY / ".cache" / "wheels"
 
 _DOWNLOAD_SECONDS: Final = 900
+_LARGE: Final = {"vllm"}  # its wheel is half a gigabyte of kernels
 _GLIBC: Final = ("2014", "_2_17", "_2_24", "_2_28", "_2_34")
 # Python 3.11's wheels for Linux on x86-64, whatever Python and machine this is: their source is all that is wanted.
 _WANTED: Final = (
@@ -29,7 +31,7 @@ _WANTED: Final = (
 
 
 class UnavailableError(Exception):
-    """The wheel can't be had here; the text says why."""
+    """The distribution can't be had here; the text says why."""
 
 
 class Scope(NamedTuple):
@@ -40,7 +42,7 @@ class Scope(NamedTuple):
 
 
 class Wheel:
-    """One distribution's wheel, from the cache or from where pip finds it.
+    """One distribution's wheel, from the cache or from where pip finds it; the same of one that is source only.
 
     Raises:
         UnavailableError: pip doesn't find it.
@@ -155,23 +157,57 @@ def _download(distribution: str, version: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     wanted = f"{distribution}=={version}"
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # whole or not at all, whoever else does the same
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--retries=1",
-            *_WANTED,
-            "--dest",
-            folder,
-            wanted,
-        ]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
-        except subprocess.CalledProcessError as error:
-            raise UnavailableError(f"pip can't get {wanted}: {error.stderr.strip().splitlines()[-1:]}") from None
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(f"pip can't get {wanted} within {_DOWNLOAD_SECONDS} s") from None
-        (downloaded,) = Path(folder).iterdir()
-        return downloaded.replace(CACHE / downloaded.name)
+        found = None if distribution in _LARGE else _wheel(wanted, Path(folder))
+        found = found or _source(wanted, Path(folder), distribution.replace("-", "_"), version)
+        return found.replace(CACHE / found.name)
+
+
+def _wheel(wanted: str, folder: Path) -> Path | None:
+    """The wheel, or None: there is none."""
+    if _pip([*_WANTED, "--dest", str(folder), wanted]):
+        return None
+    (downloaded,) = folder.iterdir()
+    return downloaded
+
+
+def _source(wanted: str, folder: Path, package: str, version: str) -> Path:
+    """A package's modules out of its source distribution, as an archive like a wheel.
+
+    pip builds a source distribution's metadata, even if it is only to download it, for which half of what it runs on
+    would have to be there. So that fails, but by then it is unpacked.
+    """
+    unpacked, archive = folder / "unpacked", folder / f"{package}-{version}-source.whl"
+    unpacked.mkdir()
+    complaint = _pip(
+        ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--no-clean", "--dest", str(folder), wanted],
+        {"TMPDIR": str(unpacked)},
+    )
+    roots = sorted(unpacked.glob(f"*/*/{package}/__init__.py"))
+    if not roots:
+        raise UnavailableError(f"pip can't get {wanted}: {complaint}")
+    root = roots[0].parents[1]
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as modules:
+        for path in sorted((root / package).rglob("*.py")):
+            modules.write(path, path.relative_to(root))
+    return archive
+
+
+def _pip(arguments: list[str], environment: Mapping[str, str] | None = None) -> str:
+    """What pip complains of when it downloads; empty if it did.
+
+    Raises:
+        UnavailableError: It takes too long.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"pip can't get {arguments[-1]} within {_DOWNLOAD_SECONDS} s") from None
+    return "" if not done.returncode else done.stderr.strip()[-200:] or "no reason given"

@@ -72,7 +72,16 @@ class Processor:
                 aborted += self.abort_requests(self.children.pop(request_id, []), True)
         return aborted
 
+    def process_outputs(self, engine_core_outputs: list[Any]) -> str:
+        for output in engine_core_outputs:
+            if output.error is None:
+                self.finish(output.request_id)
+            else:
+                self.request_states.pop(output.request_id, None)  # as from vLLM 0.33
+        return "processed"
+
     add_request = front_end.around_add_request(add_request)
+    process_outputs = front_end.around_process_outputs(process_outputs)
     _update_stats_from_finished = front_end.around_finished(_update_stats_from_finished)
     do_tracing = front_end.around_tracing(do_tracing)
     abort_requests = front_end.around_abort(abort_requests)
@@ -384,6 +393,29 @@ def test_sequences_that_are_aborted_together_have_one_llm_request_each(captured:
     processor.abort_requests(["id"], internal=True)
     assert len(provider.spans()) == 2
     assert len(ends(captured)) == 2
+
+
+def test_a_request_that_is_rejected_on_arrival_has_an_llm_request_with_an_error(
+    captured: Captured, provider: Provider
+) -> None:
+    processor = Processor()
+    told = arrive(processor, request(headers={"traceparent": CALLER}))
+    arrive(processor, request("id-1", headers={"traceparent": CALLER}))
+    error = types.SimpleNamespace(code="engine_paused", message="with words of somebody's")
+    outputs = [
+        types.SimpleNamespace(request_id="id-0", error=error),
+        types.SimpleNamespace(request_id="id-1", error=None),
+        types.SimpleNamespace(request_id="nobody", error=error),
+    ]
+    assert processor.process_outputs(outputs) == "processed"
+    _, rejected = provider.spans()
+    assert provider.ids()[1] == (*numbers(told)[:2], 0xDEF)
+    assert rejected.attributes is not None
+    assert rejected.attributes["gen_ai.response.finish_reasons"] == ("error",)
+    assert rejected.attributes["error.type"] == "engine_paused"
+    assert rejected.status.status_code is trace.StatusCode.ERROR
+    assert "words" not in str(rejected.status.description)
+    assert [(end.key, end.reason) for end in ends(captured)][1] == (told.key, "error")
 
 
 def test_an_unsampled_request_that_is_aborted_has_none(captured: Captured, provider: Provider) -> None:

