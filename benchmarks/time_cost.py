@@ -85,7 +85,7 @@ def steps(count: int) -> list[frames.Step]:
 def relay_costs(count: int) -> dict[str, float]:
     """Median nanoseconds a stage of each part."""
     encoded = [frames.encode(step) for step in steps(count)]
-    assembler = Assembler(hello(), WallClock(), span_limits())
+    assembler = Assembler(hello(), WallClock(), span_limits)
     spent: dict[str, list[float]] = {"feeding the clock": [], "placing": [], "all of the assembler": [], "decoding": []}
 
     def timed(what: str, function: Callable[[Any], object], argument: Any) -> Any:

@@ -9,6 +9,15 @@ from otel_npu import semconv
 
 REPORT_SECONDS: Final = 60.0
 _LOST: Final = frozenset({semconv.BACKLOG_FULL, semconv.BAD_FRAME, semconv.RELAY_LOST})
+_REASONS: Final = frozenset(term.name for term in semconv.DROP_REASONS)
+_MOST: Final = 1 << 53
+
+
+def add_up(total: dict[str, int], counts: dict[str, int]) -> None:
+    """Add counts that come from elsewhere: of reasons that nobody knows there may be any number, so they are one."""
+    for reason, count in counts.items():
+        known = reason if reason in _REASONS else semconv.OTHER
+        total[known] = min(_MOST, total.get(known, 0) + count)
 
 
 class Drops:
@@ -32,8 +41,7 @@ class Drops:
     def put_back(self, counts: dict[str, int]) -> None:
         """What was taken to be sent did not arrive: it goes with the next frame."""
         with self._lock:
-            for reason, count in counts.items():
-                self._unsent[reason] = self._unsent.get(reason, 0) + count
+            add_up(self._unsent, counts)
 
     def take_unsent(self) -> dict[str, int]:
         """The counts since the last call, for the next frame."""

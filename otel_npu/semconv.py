@@ -360,11 +360,14 @@ INTERNAL_ERROR: Final = "internal_error"
 RELAY_LOST: Final = "relay_lost"
 REQUEST_UNFINISHED: Final = "request_unfinished"
 TOO_MANY_REQUESTS: Final = "too_many_requests"
+RELAY_BUSY: Final = "relay_busy"
+RELAY_FULL: Final = "relay_full"
 QUEUE_FULL: Final = "queue_full"
 EXPORT_FAILED: Final = "export_failed"
 EXPORT_REFUSED: Final = "export_refused"
 EXPORT_REJECTED: Final = "export_rejected"
 NOT_ENCODABLE: Final = "not_encodable"
+OTHER: Final = "other"
 
 DROP_REASONS: Final = (
     Term(POOL_EXHAUSTED, "{stage}", "No free event pair: the device is too far behind. Host-timed instead."),
@@ -395,9 +398,12 @@ DROP_REASONS: Final = (
     Term(RELAY_LOST, "{relay}", "A relay ended early, with what it held. Counted once by each process that had it."),
     Term(REQUEST_UNFINISHED, "{request}", "The engine went away before the request's end was known: no spans of it."),
     Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the newest."),
+    Term(RELAY_BUSY, "{step}", "The relay had more to read than it could make spans of: the oldest steps have none."),
+    Term(RELAY_FULL, "{frame}", "A process made the relay hold more than it may: a frame that would have added to it."),
     Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full: the oldest."),
     Term(EXPORT_FAILED, "{span}", "The receiver took none for five minutes, or until the relay's end."),
     Term(EXPORT_REFUSED, "{span}", "The receiver refused them for good: not authorised, invalid, or too large."),
     Term(EXPORT_REJECTED, "{span}", "The receiver took the others and rejected these; the log has its message."),
     Term(NOT_ENCODABLE, "{span}", "Something in the span is not what OTLP takes."),
+    Term(OTHER, "", "What a traced process counted under a reason that the relay does not know."),
 )

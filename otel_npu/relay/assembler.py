@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from otel_npu import semconv
+from otel_npu import drops, semconv
 from otel_npu.drops import Drops
 from otel_npu.relay.keeping import Keeping
+from otel_npu.relay.making import Unmade
 from otel_npu.relay.placing import Ran, Timeline
-from otel_npu.relay.resources import resource_of
-from otel_npu.relay.spans import SpanMaker, span_context
 from otel_npu.relay.verdicts import Bubbles, launch_bound
 from otel_npu.slow import SlowSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 
     from otel_npu.relay.placing import Place
+    from otel_npu.relay.spans import SpanMaker
     from otel_npu.relay.wall import WallClock
     from otel_npu.wire.frames import Hello, Step, Unfinished
 
@@ -33,12 +34,15 @@ class Assembler:
     Args:
         hello: The process's first frame.
         wall: The wall clock of this host.
-        limits: How many attributes and links a span has at most.
+        limits: Says how many attributes and links a span has at most; asked with the first span.
         slow: Says which of its steps are slow, where no engine does; without it none is.
     """
 
-    def __init__(self, hello: Hello, wall: WallClock, limits: SpanLimits, slow: SlowSteps | None = None) -> None:
-        self.spans = SpanMaker(resource_of(hello), limits)
+    def __init__(
+        self, hello: Hello, wall: WallClock, limits: Callable[[], SpanLimits], slow: SlowSteps | None = None
+    ) -> None:
+        self._hello = hello
+        self._limits = limits
         self._has_device = hello.device_kind not in ("", "cpu")
         self._wall = wall
         self._keeping = Keeping(slow or SlowSteps(math.inf, Drops()))
@@ -48,6 +52,14 @@ class Assembler:
         self._dropped: dict[str, int] = {}
         self._bubbles = Bubbles()
 
+    @cached_property
+    def spans(self) -> SpanMaker:
+        """Makes the process's spans."""
+        from otel_npu.relay.resources import resource_of  # with the SDK, which is imported while frames are read
+        from otel_npu.relay.spans import SpanMaker
+
+        return SpanMaker(resource_of(self._hello), self._limits())
+
     def replaces(self, other: Assembler | None) -> None:
         """Take over what another has still to report."""
         if other is not None:
@@ -55,16 +67,17 @@ class Assembler:
 
     def count_drops(self, counts: dict[str, int]) -> None:
         """Drops to report with the process's next step span."""
-        for reason, count in counts.items():
-            self._dropped[reason] = self._dropped.get(reason, 0) + count
+        drops.add_up(self._dropped, counts)
 
     def take_drops(self) -> dict[str, int]:
         """The drops that the step span which is made now reports."""
         dropped, self._dropped = self._dropped, {}
         return dropped
 
-    def step(self, step: Step, join: Callable[[Ran], list[ReadableSpan]] | None = None) -> list[ReadableSpan]:
+    def step(self, step: Step, join: Callable[[Ran], Sequence[ReadableSpan]] | None = None) -> Sequence[ReadableSpan]:
         """The spans of a step, and of those inside it that are kept with it: none if it is not kept as a trace.
+
+        They are made later, when somebody looks at them.
 
         Args:
             step: The frame.
@@ -78,10 +91,21 @@ class Assembler:
         ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device, idle_ns)
         if join is not None and step.rank >= 0 and step.parent_span_id:
             return join(ran)
-        return [span for each, reason in self._keeping.take(ran) for span in self.kept(each, reason)]
+        taken = self._keeping.take(ran)
+        if not taken:
+            return []
+        return Unmade(
+            lambda: [span for each, reason in taken for span in self._spans(each, reason)],
+            gives_way=sum(len(each.step.stages) + 1 for each, _ in taken),
+        )
 
-    def kept(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> list[ReadableSpan]:
-        """The spans of a step that is kept for this reason, and what its engine says of it."""
+    def kept(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> Sequence[ReadableSpan]:
+        """The spans of a step that is kept for this reason, and what its engine says of it; they are made later."""
+        return Unmade(lambda: self._spans(ran, reason, of_engine), gives_way=len(ran.step.stages) + 1)
+
+    def _spans(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> list[ReadableSpan]:
+        from otel_npu.relay.spans import span_context
+
         step, unix_ns, why = ran.step, ran.unix_ns, {semconv.SAMPLED_REASON: reason}
         trace_id = int.from_bytes(step.trace_id, "big")
         around = span_context(trace_id, step.parent_span_id)
@@ -120,6 +144,8 @@ class Assembler:
 
     def unfinished(self, frame: Unfinished) -> ReadableSpan:
         """The span of a stage that hangs: it ends now, and says that it is not over. Its step is kept if it ends."""
+        from otel_npu.relay.spans import span_context
+
         if not frame.engine_span_id:
             self._keeping.expect(frame.span_id, semconv.HANG)
         trace_id = int.from_bytes(frame.trace_id, "big")

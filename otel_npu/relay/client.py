@@ -38,7 +38,8 @@ class Client:
     def __init__(self) -> None:
         self.greeted: Assembler | None = None
         self.account = Account()
-        self.complaint = ""
+        self.held_bytes = 0
+        """About how much memory its frames take that are held."""
 
     @property
     def assembler(self) -> Assembler:

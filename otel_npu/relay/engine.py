@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from otel_npu import semconv
-from otel_npu.relay.spans import span_context
 from otel_npu.relay.verdicts import straggler
 
 if TYPE_CHECKING:
@@ -141,6 +140,8 @@ class EngineStep:
         Args:
             unix_ns: Unix time minus the host's monotonic time.
         """
+        from otel_npu.relay.spans import span_context  # with the SDK, which is imported while frames are read
+
         assert self.engine is not None
         assert self.scheduled is not None
         scheduled, assembler = self.scheduled, self.engine.client.assembler

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu.relay.engine import Engine, EngineStep
-from otel_npu.relay.request_spans import request_spans, send_span
+from otel_npu.relay.making import Unmade
 from otel_npu.relay.requests import OpenRequest
 from otel_npu.wire import frames
 
@@ -110,7 +110,7 @@ class Joiner:
         else:
             self._updated(engine, frame)
 
-    def ran(self, client: Client, ran: Ran) -> list[ReadableSpan]:
+    def ran(self, client: Client, ran: Ran) -> Sequence[ReadableSpan]:
         """A rank has run its part of an engine's step; its spans, if it is known now that it is kept."""
         span_id = ran.step.parent_span_id
         step = self._step(span_id)
@@ -307,8 +307,14 @@ class Joiner:
             self._settle(step)
         if step.reason and scheduled.trace_id:
             engine.client.assembler.count_drops(self._drops.take_unsent())
-            self._put([step.span(self._wall.offset_ns())], engine.client.account)
+            self._put(Unmade(lambda: self._span(step), gives_way=1), engine.client.account)
+        else:
+            step.release()
+
+    def _span(self, step: EngineStep) -> list[ReadableSpan]:
+        span = step.span(self._wall.offset_ns())
         step.release()
+        return [span]
 
     # Requests.
 
@@ -327,13 +333,16 @@ class Joiner:
         for number in frame.sending:
             if number in requests and len(engine.sends) < MAX_REQUESTS:
                 engine.sends[number] = requests[number].frame, frame.at_ns
-        spans = [
-            send_span(engine, *engine.sends.pop(number), frame, self._wall.offset_ns())
-            for number in frame.sent
-            if number in engine.sends
-        ]
-        if spans:
-            self._put(spans, engine.client.account)
+        sent = [engine.sends.pop(number) for number in frame.sent if number in engine.sends]
+        if sent:
+            self._put(Unmade(lambda: self._send_spans(engine, frame, sent)), engine.client.account)
+
+    def _send_spans(
+        self, engine: Engine, frame: frames.Transfers, sent: list[tuple[frames.Request, int]]
+    ) -> list[ReadableSpan]:
+        from otel_npu.relay.request_spans import send_span
+
+        return [send_span(engine, *each, frame, self._wall.offset_ns()) for each in sent]
 
     def _open(self, engine: Engine, frame: frames.Request) -> None:
         for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):
@@ -367,7 +376,12 @@ class Joiner:
 
     def _finish(self, request: OpenRequest) -> None:
         self._forget(request)
-        self._put(request_spans(request, self._wall.offset_ns()), request.engine.client.account)
+        self._put(Unmade(lambda: self._spans(request)), request.engine.client.account)
+
+    def _spans(self, request: OpenRequest) -> list[ReadableSpan]:
+        from otel_npu.relay.request_spans import request_spans  # with the SDK, which is imported while frames are read
+
+        return request_spans(request, self._wall.offset_ns())
 
     def _give_up(self, request: OpenRequest, reason: str) -> None:
         self._forget(request)

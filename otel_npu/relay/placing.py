@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from otel_npu.relay.clock import DeviceClock
 
@@ -34,6 +34,7 @@ class Ran(NamedTuple):
     """How long the device had nothing of the step before and not yet of this one; None where that can't be told."""
 
 
+MAX_DEVICES: Final = 128
 _Group: TypeAlias = tuple[int, int, int, int]
 """A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
 first and the last device time. (A plain tuple, because one is made for each stage.)"""
@@ -173,6 +174,8 @@ class Timeline:
     def _clock(self, device_index: int) -> DeviceClock:
         clock = self._clocks.get(device_index)
         if clock is None:
+            if len(self._clocks) >= MAX_DEVICES:
+                raise ValueError(f"a process with more than {MAX_DEVICES} devices")
             clock = self._clocks[device_index] = DeviceClock(self._resolution_ns)
         return clock
 

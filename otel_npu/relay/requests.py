@@ -21,6 +21,8 @@ SHOWN_DECODE_STEPS: Final = 3
 """So many steps of a phase are spans, the slowest ones."""
 DETAIL_STEPS: Final = 256
 """The same of each phase where detail was asked for: of most requests that is every step."""
+MAX_STAGE_NAMES: Final = 128
+"""Of so many stages a phase tells the times apart."""
 _MAX_EVENTS: Final = 128
 _MAX_LOADS: Final = 16
 
@@ -94,6 +96,8 @@ class Phase:
         self.attributed_ns += times.device_ns * tokens / times.total_tokens
         by_stage = self.by_stage
         for name, duration_ns in times.by_stage.items():
+            if name not in by_stage and len(by_stage) >= MAX_STAGE_NAMES:
+                continue
             by_stage[name] = by_stage.get(name, 0) + duration_ns
 
     @property

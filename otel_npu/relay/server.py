@@ -1,4 +1,4 @@
-"""The relay's loop: takes connections, reads frames, hands spans to the exporter, answers flushes."""
+"""The relay's loop: reads frames, has spans made of them when there is time, answers flushes."""
 
 from __future__ import annotations
 
@@ -6,261 +6,231 @@ import contextlib
 import functools
 import logging
 import os
-import selectors
 import socket
-import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from otel_npu import semconv
 from otel_npu.drops import REPORT_SECONDS, Drops
 from otel_npu.relay.assembler import Assembler
-from otel_npu.relay.client import Client
-from otel_npu.relay.export import ExportQueue
-from otel_npu.relay.exporters import Nowhere, exporters_from_environment
+from otel_npu.relay.clients import PACKETS_PER_TURN, Clients, Connected
 from otel_npu.relay.joiner import Joiner
-from otel_npu.relay.otlp_settings import ExportError
+from otel_npu.relay.ledger import Ledger
+from otel_npu.relay.making import Making
+from otel_npu.relay.pace import Pace
 from otel_npu.relay.patience import Patience
-from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.slow import SlowSteps
-from otel_npu.wire import frames, rendezvous
+from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from opentelemetry.sdk.trace import SpanLimits
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from otel_npu.relay.client import Account
+    from otel_npu.relay.export import ExportQueue
 
 _log = logging.getLogger("otel_npu.relay")
 
-_TICK_SECONDS: Final = 0.5
-_LOOK_SECONDS: Final = 0.01
-_QUIET_SECONDS: Final = 1.0
+_TICK_SECONDS: Final = 0.1
 _FIRST_CLIENT_SECONDS: Final = 10.0
-_FRAMES_PER_TURN: Final = 1024
+# How long spans are made before the next look: reading comes first.
+_MAKE_SECONDS: Final = 0.02
+_MAKE_SECONDS_BEHIND: Final = 0.005
 DRAIN_SECONDS: Final = 5.0
+_DRAIN_LOOK_SECONDS: Final = 0.05
 _MAX_FLUSH_SECONDS: Final = 60.0
-_WAKE: Final = b"\0"
+_MAX_FLUSHES: Final = 64
+_FLUSH_LOOK_SECONDS: Final = 0.005
+_COMPLAINTS_PER_CLIENT: Final = 5
+_COMPLAINTS_PER_REPORT: Final = 20
+_COMPLAINT_CHARACTERS: Final = 200
 
 
-class _Client(Client):
-    """One connection."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__()
-        self.connection = connection
+class _Flushing(NamedTuple):
+    client: Connected
+    number: int
+    deadline: float
 
 
 class Server:
     """Serves the processes of one session.
 
     Args:
-        exporters: Where spans go.
-        listener: Takes new connections; without one the server has only the clients it is given.
+        exporters: Where spans go; or what makes that, called on a thread of its own while frames are read already.
+        listeners: Take new connections; without one the server has only the clients it is given.
         stay: Whether to go on when the last client has gone, as a relay in a container of its own does.
     """
 
     def __init__(
-        self, exporters: Sequence[SpanExporter], listener: socket.socket | None = None, *, stay: bool = False
+        self,
+        exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]],
+        listeners: Sequence[socket.socket] = (),
+        *,
+        stay: bool = False,
     ) -> None:
         self._drops = Drops()
-        self._export = ExportQueue(exporters, self._drops)
-        self._listener = listener
         self._stay = stay
         self._wall = WallClock()
-        self._limits = span_limits()
+        self._ledger = Ledger()
         self._patience = Patience()
-        self._joiner = Joiner(self._wall, self._export.put, self._drops, self._patience)
-        self._flushes: list[tuple[Account, socket.socket, frames.Flush]] = []
-        self._clients: dict[int, _Client] = {}
-        self._selector = selectors.DefaultSelector()
-        self._buffer = bytearray(frames.MAX_FRAME_BYTES)
-        self._view = memoryview(self._buffer)
+        self._pace = Pace()
+        self._making = Making(functools.partial(_export_queue, exporters, self._drops), self._drops)
+        self._joiner = Joiner(self._wall, self._making.put, self._drops, self._patience)
+        self._clients = Clients(listeners, self._drops, self._parted)
+        self._limits = functools.cache(_span_limits)
+        self._asked: list[_Flushing] = []
+        """Flushes that have been read just now."""
+        self._flushes: list[tuple[_Flushing, int]] = []
+        """Those that wait, each until so many of its client's spans are exported."""
+        self._owed: list[Account] = []
+        """Of clients that have gone, those of whose spans some may wait."""
         self._started = time.monotonic()
-        self._last_frame = time.monotonic()
         self._had_clients = False
         self._stopping = False
+        self._next_tick = 0.0
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_writer.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        if listener is not None:
-            listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ)
+        self._complaints = 0
+        if callable(exporters):
+            self._making.load_beside()
+        else:
+            self._making.load()
 
     @classmethod
     def from_environment(
         cls,
-        listener: socket.socket | None = None,
+        listeners: Sequence[socket.socket] = (),
         *,
         stay: bool = False,
         environment: Mapping[str, str] = os.environ,
     ) -> Server:
         """A server with the exporters that the environment names. If it names a bad one, nothing is exported."""
-        try:
-            exporters = exporters_from_environment(environment)
-        except ExportError as error:
-            _log.error("%s; no spans are exported", error)
-            exporters = [Nowhere()]
-        except Exception:
-            _log.exception("the exporter could not be made; no spans are exported")
-            exporters = [Nowhere()]
-        return cls(exporters, listener, stay=stay)
+        return cls(functools.partial(exporters_of, environment), listeners, stay=stay)
 
     def add_client(self, connection: socket.socket) -> None:
         """Serve this connection too."""
-        connection.setblocking(False)
-        self._clients[connection.fileno()] = _Client(connection)
-        self._selector.register(connection, selectors.EVENT_READ)
-        self._had_clients = True
+        self._clients.add(connection)
 
     def stop(self) -> None:
         """Read what is there, export it, and end. Safe in a signal handler and from other threads."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # it has been woken, or it has ended
-            self._wake_writer.send(_WAKE)
+        self._clients.wake()
 
-    def run(self, leave: Callable[[], None] = lambda: None) -> None:
+    def run(self, leave: Callable[[], None] = lambda: None, exporting: Callable[[int], None] = lambda _: None) -> None:
         """Serve until there is nobody left to serve, or until stopped; then read and export what is there.
 
         Args:
-            leave: Takes the listening socket's name away, so that from then on whoever needs a relay starts another.
+            leave: Called once nobody is taken any more: takes the sockets' names away.
+            exporting: Told how many spans wait, again and again while nobody is left, but what they left is exported.
         """
+        try:
+            self._serve()
+            leave()
+            self._read_the_rest()
+        except OSError as error:
+            _log.warning("the relay's descriptors were closed under it, so what it held is lost: %s", error)
+            self._clients.abandon()
+        self._guarded(self._joiner.drain)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        export = self._making.all()
+        while not export.wait(_DRAIN_LOOK_SECONDS) and time.monotonic() < deadline:
+            if not len(self._clients):
+                exporting(sum(account.accepted - account.handled for account in self._owed))
+        export.close(max(0.1, deadline - time.monotonic()))
+        self._log_drops()
+        self._clients.close()
+
+    def _serve(self) -> None:
+        wait_seconds = 0.0
         left = False
         while not self._stopping:
             if self._deserted():
                 if not left:
-                    leave()
+                    self._clients.refuse()
                     left = True
-                if not self.accept_waiting():
+                if not self._clients.accept_waiting():
                     break
-            self._serve()
-        if not left:
-            leave()
-        self.accept_waiting()
-        for client in self._clients.values():
+            wait_seconds = self._rest(self._turn(wait_seconds))
+        self._clients.refuse()
+
+    def _read_the_rest(self) -> None:
+        self._clients.accept_waiting()
+        for client in self._clients:
             # What is in the socket is read; what the client has still to say it keeps for the next relay.
             with contextlib.suppress(OSError):
                 client.connection.shutdown(socket.SHUT_RD)
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._turn(0.0) and time.monotonic() < deadline:
             pass
-        self._guarded(self._joiner.drain)
-        self._export.close(DRAIN_SECONDS)
-        self._log_drops()
-        for client in list(self._clients.values()):
-            self._part(client)
-        self._selector.close()
-        if self._listener is not None:
-            self._listener.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
-
-    def accept_waiting(self) -> bool:
-        """Take the connections that wait; whether there is anybody to serve."""
-        while self._listener is not None and self._accept():
-            pass
-        return bool(self._clients)
-
-    def _serve(self) -> None:
-        """Read all that is there, then leave the senders alone for a moment.
-
-        A frame that arrives while the relay waits for one makes the sender wake it, which costs the model's thread
-        more than sending. So the relay looks by itself, and waits only when nothing has come for a while.
-        """
-        quiet = time.monotonic() - self._last_frame > _QUIET_SECONDS and not self._joiner.waiting
-        if self._turn(_TICK_SECONDS if quiet else 0.0):
-            self._last_frame = time.monotonic()
-            quiet = False
-        if not quiet:
-            time.sleep(_LOOK_SECONDS)
 
     def _deserted(self) -> bool:
-        if self._clients or self._stay:
+        if len(self._clients):
+            self._had_clients = True
+            return False
+        if self._stay:
             return False
         return self._had_clients or time.monotonic() - self._started > _FIRST_CLIENT_SECONDS
 
-    def _turn(self, wait_seconds: float) -> bool:
-        """Handle what is there; whether there was anything."""
-        busy = self._look(wait_seconds)
+    def _rest(self, packets: int) -> float:
+        """Leave the senders alone for a while; for how long to wait in their sockets then."""
+        if packets >= PACKETS_PER_TURN or self._making.waiting:
+            return 0.0
+        pause = self._pace.pause(packets)
+        if self._flushes or self._asked:
+            pause = _FLUSH_LOOK_SECONDS
+        if pause is not None:
+            self._clients.rest(pause)
+            return 0.0
+        if self._joiner.waiting or not len(self._clients):
+            return _TICK_SECONDS
+        return max(0.0, self._next_drop_line - time.monotonic())
+
+    def _turn(self, wait_seconds: float) -> int:
+        """Handle what is there; how many packets the one that had sent most had sent."""
+        packets = self._read(self._clients.wait(wait_seconds))
         self._patience.turn()
-        if self._flushes:
-            self._look(0.0)  # what others have sent before it lies in their sockets
-            self._guarded(self._joiner.flush)
-            flushes, self._flushes = self._flushes, []
-            for account, connection, frame in flushes:
-                self._flush(account, connection, frame)
-        self._guarded(self._joiner.tick)
-        if time.monotonic() >= self._next_drop_line:
-            self._next_drop_line = time.monotonic() + REPORT_SECONDS
+        if self._asked or self._flushes:
+            self._answer_flushes()
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK_SECONDS / 2
+            self._guarded(self._joiner.tick)
+        self._making.some(_MAKE_SECONDS_BEHIND if packets >= PACKETS_PER_TURN else _MAKE_SECONDS)
+        if now >= self._next_drop_line:
+            self._next_drop_line = now + REPORT_SECONDS
+            self._complaints = 0
             self._log_drops()
-        return busy
+        return packets
 
-    def _look(self, wait_seconds: float) -> bool:
-        """Read what is there; whether there was anything."""
-        ready = self._selector.select(wait_seconds)
-        for key, _ in ready:
-            if key.fileobj is self._listener:
-                self.accept_waiting()
-            elif key.fileobj is self._wake_reader:
-                self._wake_reader.recv(64)
-            else:
-                client = self._clients.get(key.fd)
-                if client is not None:
-                    self._read(client)
-        return bool(ready)
+    def _read(self, clients: Iterable[Connected]) -> int:
+        most = 0
+        for client in clients:
+            packets = 0
+            for packet in self._clients.packets(client):
+                packets += 1
+                self._take(client, frames.decode_frame, packet)
+            most = max(most, packets)
+        return most
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _take(
+        self, client: Connected, decode: Callable[[Any], frames.Frame], packet: memoryview | msgspec.Raw | None
+    ) -> None:
         try:
-            work()
-        except Exception:
-            self._drops.add(semconv.INTERNAL_ERROR)
-            _log.exception("a fault of otel-npu's own; spans are lost")
-
-    def _accept(self) -> bool:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError as error:  # no descriptors left, say: the connection waits until there are
-            self._drops.add(semconv.INTERNAL_ERROR)
-            _log.debug("can't take a connection now: %s", error)
-            time.sleep(_TICK_SECONDS)
-            return False
-        try:
-            rendezvous.check_peer(connection)
-        except OSError as error:
-            _log.warning("refused a connection: %s", error)
-            connection.close()
-        else:
-            self.add_client(connection)
-        return True
-
-    def _read(self, client: _Client) -> None:
-        for _ in range(_FRAMES_PER_TURN):  # then it is somebody else's turn
-            try:
-                length, _, flags, _ = client.connection.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                length, flags = 0, 0
-            if not length:
-                self._part(client)
-                return
-            if flags & socket.MSG_TRUNC:
+            if packet is None:
                 self._bad_frame(client, "longer than frames may be")
-                continue
-            self._take(client, frames.decode_frame, self._view[:length])
-
-    def _take(self, client: _Client, decode: Callable[[Any], frames.Frame], packet: memoryview | msgspec.Raw) -> None:
-        try:
+                return
             frame = decode(packet)
             self._patience.read(frame)
+            while not self._ledger.has_room(client, frame):
+                if not self._making.give_way():
+                    self._drops.add(semconv.RELAY_FULL)
+                    client.account.lose()
+                    return
+            self._ledger.hold(client, frame, memoryview(packet).nbytes)
             self._handle(client, frame)
         except (msgspec.MsgspecError, ValueError) as error:
             self._bad_frame(client, str(error))
@@ -269,7 +239,7 @@ class Server:
             client.account.lose()
             _log.exception("a fault of otel-npu's own; the frame is lost")
 
-    def _handle(self, client: _Client, frame: frames.Frame) -> None:
+    def _handle(self, client: Connected, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
             if frame.protocol != frames.PROTOCOL:
                 raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
@@ -277,7 +247,7 @@ class Server:
             assembler.replaces(client.greeted)
             client.greeted = assembler
         elif isinstance(frame, frames.Flush):
-            self._flushes.append((client.account, client.connection.dup(), frame))
+            self._flush(client, frame)
         elif isinstance(frame, frames.Ping):
             client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
@@ -288,46 +258,110 @@ class Server:
         elif isinstance(frame, frames.Step):
             client.assembler.count_drops(self._drops.take_unsent())
             spans = client.assembler.step(frame, functools.partial(self._joiner.ran, client))
-            self._export.put(spans, client.account)
+            self._making.put(spans, client.account)
         else:
             self._joiner.take(client, frame)
 
-    def _unfinished(self, client: _Client, frame: frames.Unfinished) -> None:
+    def _unfinished(self, client: Connected, frame: frames.Unfinished) -> None:
         span = client.assembler.unfinished(frame)
         if frame.trace_id:
-            self._export.put([span], client.account)
+            self._making.put([span], client.account)
         if frame.engine_span_id:
             self._joiner.keep(frame.engine_span_id, semconv.HANG)
 
-    def _flush(self, account: Account, connection: socket.socket, frame: frames.Flush) -> None:
-        """Answer when the exporter is done, from a thread of its own: others must not wait meanwhile."""
-        accepted = account.accepted
+    # Flushes.
 
-        def answer() -> None:
-            complete = self._export.flush(account, accepted, min(frame.timeout_seconds, _MAX_FLUSH_SECONDS))
-            with connection:
-                try:
-                    connection.send(frames.encode(frames.Flushed(frame.number, complete)), socket.MSG_NOSIGNAL)
-                except OSError:
-                    _log.debug("nobody waits for the flush any more")
+    def _flush(self, client: Connected, frame: frames.Flush) -> None:
+        if len(self._asked) + len(self._flushes) >= _MAX_FLUSHES * max(1, len(self._clients)):
+            raise ValueError("more flushes than are answered at once")
+        deadline = time.monotonic() + min(frame.timeout_seconds, _MAX_FLUSH_SECONDS)
+        self._asked.append(_Flushing(client, frame.number, deadline))
 
-        threading.Thread(target=answer, name="otel-npu flush", daemon=True).start()
+    def _answer_flushes(self) -> None:
+        """Answer those that are done or out of time; the others must not wait for them."""
+        export = self._making.export
+        if export is not None and self._asked:
+            asked, self._asked = self._asked, []
+            self._read(self._clients.wait(0.0))  # what others have sent before it lies in their sockets
+            self._guarded(self._joiner.flush)
+            export = self._making.all()
+            self._flushes += [(flushing, flushing.client.account.accepted) for flushing in asked]
+        now = time.monotonic()
+        if export is not None:
+            waiting, self._flushes = self._flushes, []
+            for flushing, accepted in waiting:
+                outcome = export.outcome(flushing.client.account, accepted)
+                if outcome is None and now < flushing.deadline:
+                    self._flushes.append((flushing, accepted))
+                else:
+                    _answer(flushing, complete=bool(outcome))
+        for flushing in [flushing for flushing in self._asked if now >= flushing.deadline]:
+            self._asked.remove(flushing)
+            _answer(flushing, complete=False)
 
-    def _bad_frame(self, client: _Client, why: str) -> None:
+    # Faults.
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            _log.exception("a fault of otel-npu's own; spans are lost")
+
+    def _bad_frame(self, client: Connected, why: str) -> None:
         self._drops.add(semconv.BAD_FRAME)
         client.account.lose()
-        if why != client.complaint:  # once, not once a frame
-            client.complaint = why
+        why = why[:_COMPLAINT_CHARACTERS]
+        known = why in client.complaints or len(client.complaints) >= _COMPLAINTS_PER_CLIENT
+        if not known and self._complaints < _COMPLAINTS_PER_REPORT:  # once, not once a frame
+            self._complaints += 1
+            client.complaints.add(why)
             number = client.connection.fileno()
             _log.warning("a frame on connection %d can't be read and is left out: %s", number, why)
 
-    def _part(self, client: _Client) -> None:
-        self._selector.unregister(client.connection)
-        del self._clients[client.connection.fileno()]
-        client.connection.close()
+    def _parted(self, client: Connected) -> None:
+        self._asked = [flushing for flushing in self._asked if flushing.client is not client]
+        self._flushes = [item for item in self._flushes if item[0].client is not client]
         self._guarded(lambda: self._joiner.part(client))
+        self._owed = [account for account in self._owed if account.handled < account.accepted] + [client.account]
 
     def _log_drops(self) -> None:
         line = self._drops.take_line()
         if line:
             _log.warning("left out in the last minute: %s", line)
+
+
+def exporters_of(environment: Mapping[str, str]) -> Sequence[SpanExporter]:
+    """The exporters that the environment names; if it names a bad one, one that takes spans nowhere."""
+    from otel_npu.relay.exporters import Nowhere, exporters_from_environment
+    from otel_npu.relay.otlp_settings import ExportError
+
+    try:
+        return exporters_from_environment(environment)
+    except ExportError as error:
+        _log.error("%s; no spans are exported", error)
+    except Exception:
+        _log.exception("the exporter could not be made; no spans are exported")
+    return [Nowhere()]
+
+
+def _export_queue(
+    exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]], drops: Drops
+) -> ExportQueue:
+    # All that is imported late, at once: while frames are read or, on a thread of a program, before it can fork.
+    from otel_npu.relay import request_spans, resources  # noqa: F401
+    from otel_npu.relay.export import ExportQueue
+
+    return ExportQueue(exporters() if callable(exporters) else exporters, drops)
+
+
+def _span_limits() -> SpanLimits:
+    from otel_npu.relay.spans import span_limits
+
+    return span_limits()
+
+
+def _answer(flushing: _Flushing, *, complete: bool) -> None:
+    answer = frames.encode(frames.Flushed(flushing.number, complete))
+    with contextlib.suppress(OSError):  # nobody waits for it any more, or reads its answers
+        flushing.client.connection.send(answer, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)

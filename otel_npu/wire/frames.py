@@ -70,7 +70,7 @@ class Stage(msgspec.Struct, array_like=True):
     attributes: Attributes | None
 
 
-class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
+class Step(msgspec.Struct, array_like=True, tag="step", frozen=True, weakref=True):
     """A step that is done, with all its stages in the order in which they were entered.
 
     `kept` says whether it was chosen to be a trace when it began; one that was not has its ids all the same, because
@@ -135,7 +135,7 @@ class Unfinished(msgspec.Struct, array_like=True, tag="unfinished", frozen=True)
     engine_span_id: bytes = b""
 
 
-class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
+class Request(msgspec.Struct, array_like=True, tag="request", frozen=True, weakref=True):
     """A request has reached an engine; sent once, by the engine, before the first step that serves it.
 
     `key` names the request in the frames of other processes; `number` does so in those of this connection. The spans
@@ -153,7 +153,7 @@ class Request(msgspec.Struct, array_like=True, tag="request", frozen=True):
     detail: bool = False
 
 
-class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True):
+class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True, weakref=True):
     """An engine has scheduled a step. `kept` says whether it was chosen to be a trace; without a trace id it never is.
 
     `requests`, `tokens` and `prefills` go together: of each sampled request in the step its number, how many tokens
@@ -239,7 +239,7 @@ class Keep(msgspec.Struct, array_like=True, tag="keep", frozen=True):
     span_ids: list[bytes]
 
 
-class RequestEnd(msgspec.Struct, array_like=True, tag="request_end", frozen=True):
+class RequestEnd(msgspec.Struct, array_like=True, tag="request_end", frozen=True, weakref=True):
     """The front end is done with a request: after so many output tokens, for this reason (`stop`, `abort`, ...).
 
     `dropped` counts what the process left out since its last frame with counts.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import loading, semconv
 from otel_npu.wire import rendezvous
+from otel_npu.wire.start import NoInterpreterError, StartedRelay
 
 if TYPE_CHECKING:
     from otel_npu.drops import Drops
@@ -40,37 +41,32 @@ class RelayLink:
         self._drops = drops
         self.failing = False
         """Whether the last try to find or start a relay failed."""
-        self._relay: rendezvous.StartedRelay | None = None
+        self._relay: StartedRelay | None = None
         self._thread: threading.Thread | None = None
         self._retry_at = 0.0
         self._retry_seconds = _RETRY_SECONDS
-        if not self._inprocess:
-            # Now, not when the idle thread gets to it: a child that starts in between shall inherit it.
-            with contextlib.suppress(OSError):
-                rendezvous.session_id()
+        # Now, not when the idle thread gets to it, which may not be let in for seconds: a child that starts in between
+        # shall inherit the session, the relay start beside what the program has still to do, and what is captured
+        # outlive a process that is killed. And what a relay on a thread imports is imported before anybody forks.
+        try:
+            self.keep()
+        except Exception:
+            _log.exception("a fault of otel-npu's own at the start of the relay")
 
     def keep(self) -> None:
         """Connect if there is no connection. Called often, by the idle thread."""
         if self._channel.hung_up():
             self._drops.add(semconv.RELAY_LOST)
-        if self._relay is not None and self._relay.wait(0):
-            self._relay.close()
-            self._relay = None
+        self._look_after_relay()
         if self._channel.connected or time.monotonic() < self._retry_at:
             return
+        # A relay that ends as soon as it is started must not be started without a pause.
+        self._retry_at = time.monotonic() + self._retry_seconds
         try:
             self._channel.attach(self._start_thread() if self._inprocess else self._meet())
-        except OSError as error:
-            self.failing = True
-            if self._retry_seconds == _RETRY_SECONDS:
-                _log.warning("no relay, so nothing is exported for now: %s", error)
-            self._retry_at = time.monotonic() + self._retry_seconds
-            self._retry_seconds = min(_MAX_RETRY_SECONDS, self._retry_seconds * 2)
-        else:
             self.failing = False
-            # A relay that ends as soon as it is started must not be started without a pause.
-            self._retry_at = time.monotonic() + _RETRY_SECONDS
-            self._retry_seconds = _RETRY_SECONDS
+        except (OSError, RuntimeError) as error:  # the second, if no thread can be started
+            self._failed(str(error))
 
     def close(self, timeout_seconds: float) -> None:
         """Hang up. Whoever started the relay waits for its end, as long as it may."""
@@ -83,22 +79,61 @@ class RelayLink:
                 _log.debug("the relay goes on without this process: it has other clients, or more to export")
             relay.close()
 
+    def _look_after_relay(self) -> None:
+        """Whether the relay that was started here has begun to serve, or has ended."""
+        relay = self._relay
+        if relay is None:
+            return
+        if self._retry_seconds > _RETRY_SECONDS and relay.serving:
+            self._retry_seconds = _RETRY_SECONDS
+        if relay.wait(0):
+            self._relay = None
+            died = not relay.serving
+            relay.close()
+            if died:
+                self._failed("it ended as soon as it was started; the log has its last words")
+
+    def _failed(self, why: str) -> None:
+        """Try again later, and ever later."""
+        self.failing = True
+        if self._retry_seconds == _RETRY_SECONDS:
+            _log.warning("no relay, so nothing is exported for now: %s", why)
+        self._retry_at = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(_MAX_RETRY_SECONDS, self._retry_seconds * 2)
+
     def _meet(self) -> socket.socket:
-        connection, relay = rendezvous.connect_or_start(
-            rendezvous.socket_path(rendezvous.session_id()), self._environment
-        )
-        if relay is not None:
-            self._relay = relay
-        return connection
+        try:
+            meeting = rendezvous.meet(rendezvous.session_id(), self._environment)
+        except (NoInterpreterError, rendezvous.NoPlaceError) as error:
+            _log.warning("no relay can be a process of its own here, so spans are exported from this one: %s", error)
+            self._inprocess = True
+            return self._start_thread()
+        if meeting.relay is not None:
+            if self._relay is not None:
+                self._relay.close()
+            self._relay = meeting.relay
+        else:
+            self._retry_seconds = _RETRY_SECONDS
+        if meeting.instead:
+            _log.warning("%s", meeting.instead)
+        return meeting.connection
 
     def _start_thread(self) -> socket.socket:
         with loading.lock:
-            from otel_npu.relay.server import Server
+            from otel_npu.relay.server import Server, exporters_of
+
+            exporters = exporters_of({**os.environ, **self._environment})
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
-        server = Server.from_environment(environment={**os.environ, **self._environment})
-        server.add_client(theirs)
-        self._thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as closing:
+            closing.callback(ours.close)
+            closing.callback(theirs.close)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
+            with loading.lock:
+                server = Server(exporters)
+            server.add_client(theirs)
+            thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
+            thread.start()
+            closing.pop_all()
+        self._thread = thread
         return ours

@@ -3,60 +3,51 @@
 The first process that enables tracing makes the session id and puts it into its environment; its children inherit
 it. Whoever finds no relay behind the session's socket binds that socket itself and hands it to a new relay, already
 listening: frames can be sent at once and wait in the kernel while the relay starts.
+
+A session that was made up has a name in the kernel's abstract namespace too. By that its children find it whatever
+becomes of the folder: they may have another `XDG_RUNTIME_DIR` or `TMPDIR`, or it may be removed under them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import re
 import secrets
-import select
 import socket
-import stat
 import struct
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_npu.settings import SESSION
+from otel_npu.wire.folder import PrivateFolder, RendezvousError
+from otel_npu.wire.start import StartedRelay, cpu_mask, start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# The processors of the process that made the session, in hexadecimal. Its children inherit it; other hosts, to which
-# variables are copied by their prefix, do not.
-_CPU_MASK: Final = "_OTEL_NPU_CPU_MASK"
-# By these OpenMP pins whichever process it is loaded into, and an engine may preload it into all.
-_PINNING: Final = frozenset({"GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"})
-# A process of its own that starts the relay and ends at once: so nobody is the relay's parent. The relay runs
-# where the session began and not where its starter does: engines, and OpenMP, pin a worker to a processor and let it
-# wait there by spinning, beside which the relay got no time at all. (Nor did it anywhere as a batch process.)
-_DETACH: Final = """
-import os, sys
-life, mask, relay = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-if os.fork():
-    os._exit(0)
-os.setsid()
-try:
-    mask = int(mask, 16)
-    os.sched_setaffinity(0, [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1])
-except (OSError, ValueError):
-    pass  # forbidden, or it names none that are here: the relay runs where its starter does
-os.write(life, b"%d" % os.getpid())
-os.execv(relay[0], relay)
-"""
-_START_SECONDS: Final = 30.0
+__all__ = ("RendezvousError", "StartedRelay")
+
 SEND_BUFFER_BYTES: Final = 2 * 1024 * 1024
 _BACKLOG: Final = 128
 _PEER_CREDENTIALS: Final = struct.Struct("iII")
+_MADE_UP: Final = re.compile(r"[0-9a-f]{16}")
 
 
-class RendezvousError(OSError):
-    """The folder or the peer can't be trusted; the message says which and why."""
+class NoPlaceError(RendezvousError):
+    """There is no place here where a socket could lie; the message says why."""
+
+
+class Meeting(NamedTuple):
+    """A connection to the session's relay."""
+
+    connection: socket.socket
+    relay: StartedRelay | None = None
+    """The relay, if it was started here."""
+    instead: str = ""
+    """Why its socket is not where it should be, and where it is; for whoever started it to say."""
 
 
 def session_id() -> str:
@@ -68,15 +59,10 @@ def session_id() -> str:
     session = os.environ.get(SESSION, "")
     if not session:
         session = os.environ[SESSION] = secrets.token_hex(8)
-    _cpu_mask()
+    cpu_mask()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", session):
         raise RendezvousError(f"{SESSION}={session!r}: takes 1 to 32 letters, digits, '_' or '-'")
     return session
-
-
-def _cpu_mask() -> str:
-    """The processors on which the session's first process could run when it began."""
-    return os.environ.setdefault(_CPU_MASK, f"{sum(1 << cpu for cpu in os.sched_getaffinity(0)):x}")
 
 
 def socket_folder() -> Path:
@@ -98,9 +84,7 @@ def check_private(folder: Path) -> None:
         FileNotFoundError: There is none.
         RendezvousError: It belongs to somebody else or lets others in.
     """
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise RendezvousError(f"{folder} must be a folder of user {os.getuid()} with mode 0700, and is not")
+    PrivateFolder(folder).close()
 
 
 def socket_path(session: str) -> Path:
@@ -110,18 +94,18 @@ def socket_path(session: str) -> Path:
         RendezvousError: The folder exists and belongs to somebody else or lets others in.
     """
     folder = socket_folder()
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    check_private(folder)
+    PrivateFolder(folder, make=True).close()
     return folder / f"{session}.sock"
 
 
 @contextlib.contextmanager
 def session_lock(path: Path) -> Iterator[None]:
-    """Held by whoever makes or removes a session's socket."""
-    # One for all sessions, and it stays: to remove a lock file is to let two hold it.
-    with path.with_name("lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Held by whoever makes or removes a session's socket.
+
+    Raises:
+        RendezvousError: The folder can't be trusted, or its lock is held by somebody else for too long.
+    """
+    with PrivateFolder(path.parent) as folder, folder.locked():
         yield
 
 
@@ -129,14 +113,205 @@ def connect(path: Path) -> socket.socket | None:
     """A connection to the session's relay, or None when there is none.
 
     Raises:
-        RendezvousError: Another user listens there.
+        RendezvousError: The folder can't be trusted, or another user listens there.
         BlockingIOError: There is one, and more processes wait for it than its backlog holds.
     """
+    try:
+        with PrivateFolder(path.parent) as folder:
+            return _connect(folder.address(path.name))
+    except FileNotFoundError:
+        return None
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Both ends take only processes of the same user.
+
+    Raises:
+        RendezvousError: The peer is another user's.
+    """
+    _, uid = _peer(connection)
+    if uid != os.getuid():
+        raise RendezvousError(f"the other end of the socket is user {uid}, not {os.getuid()}")
+
+
+def listen(path: Path) -> socket.socket:
+    """A new listening socket at the path, replacing one that nobody listens on. Hold the session's lock."""
+    with PrivateFolder(path.parent) as folder:
+        folder.remove_socket(path.name)
+        listener = _listen(folder.address(path.name))
+        try:
+            folder.restrict(path.name)  # whatever the umask
+        except BaseException:
+            listener.close()
+            raise
+    return listener
+
+
+def withdraw(path: Path) -> None:
+    """Take away the name of a socket on which nobody listens any more, if that can be done."""
+    # The folder may be gone or locked: then a name stays behind that leads nowhere.
+    with contextlib.suppress(OSError), session_lock(path):
+        other = connect(path)
+        if other is None:
+            with PrivateFolder(path.parent) as folder:
+                folder.remove_socket(path.name)
+        else:
+            other.close()  # somebody else's by now
+
+
+def connect_or_start(path: Path, environment: Mapping[str, str] | None = None) -> Meeting:
+    """A connection to the relay whose socket has this path, which is started if there is none.
+
+    Args:
+        path: The session's socket.
+        environment: What a relay that is started here has beside this process's environment, or in its place.
+
+    Raises:
+        RendezvousError: The folder or the peer can't be trusted.
+        OSError: The socket can't be made or the relay can't be started.
+    """
+    place = _place_at(path)
+    if isinstance(place, socket.socket):
+        return Meeting(place)
+    return _start([place], path, environment or {})
+
+
+def meet(session: str, environment: Mapping[str, str] | None = None) -> Meeting:
+    """A connection to the session's relay, which is started if there is none.
+
+    Args:
+        session: The session's id.
+        environment: As for `connect_or_start`.
+
+    Raises:
+        NoPlaceError: There is no place for a socket.
+        OSError: As for `connect_or_start`; it may be better later.
+    """
+    found = _find(session)
+    if found is not None:
+        return Meeting(found)
+    complaints: list[str] = []
+    with contextlib.ExitStack() as closing:
+        listeners: list[socket.socket] = []
+        if _MADE_UP.fullmatch(session):
+            # Whoever gets this name is the one who starts the relay: the others wait for it there.
+            with contextlib.suppress(OSError):
+                listeners.append(closing.enter_context(_listen(_abstract(session))))
+            found = None if listeners else _find(session)
+            if found is not None:
+                return Meeting(found)
+        path, place = _first_place(session, complaints)
+        if place is None and not listeners:
+            place = _abstract_place(session, complaints)
+        if isinstance(place, socket.socket) and place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listeners.append(closing.enter_context(place))
+        elif place is not None:
+            return Meeting(place)
+        closing.pop_all()
+        meeting = _start(listeners, path, environment or {})
+    instead = "; ".join(complaints)
+    return meeting._replace(instead=f"{instead}; the relay's socket is {_name(path)}" if instead else "")
+
+
+def _find(session: str) -> socket.socket | None:
+    """A connection to the relay of this session, wherever its socket is."""
+    for folder in _folders():
+        with contextlib.suppress(RendezvousError, PermissionError):  # it is not for us
+            found = connect(folder / f"{session}.sock")
+            if found is not None:
+                return found
+    return _connect_abstract(session)
+
+
+def _folders() -> list[Path]:
+    """Where the sockets of this user may lie, the best first."""
+    name = f"otel-npu-{os.getuid()}"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    bases = [runtime] if runtime and os.access(runtime, os.W_OK) else []
+    with contextlib.suppress(OSError):
+        bases.append(tempfile.gettempdir())
+    return [Path(base, name) for base in dict.fromkeys(bases)]
+
+
+def _first_place(session: str, complaints: list[str]) -> tuple[Path | None, socket.socket | None]:
+    """A listening socket in the first folder in which there can be one, or a connection if somebody listens there."""
+    for folder in _folders():
+        path = folder / f"{session}.sock"
+        try:
+            PrivateFolder(folder, make=True).close()
+            return path, _place_at(path)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            complaints.append(_why(error, folder))
+    return None, None
+
+
+def _why(error: OSError, folder: Path) -> str:
+    return str(error) if isinstance(error, RendezvousError) else f"no socket can be made in {folder}: {error.strerror}"
+
+
+def _place_at(path: Path) -> socket.socket:
+    """A connection to whoever listens at this path or, if nobody does, a listening socket."""
+    found = connect(path)
+    if found is not None:
+        return found
+    with session_lock(path):
+        return connect(path) or listen(path)
+
+
+def _start(listeners: list[socket.socket], path: Path | None, environment: Mapping[str, str]) -> Meeting:
+    """Start a relay on these sockets, which are closed here, and connect to it first of all."""
+    with contextlib.ExitStack() as closing:
+        for listener in listeners:
+            closing.enter_context(listener)
+        connection = _connect(listeners[0].getsockname()) if path is None else connect(path)
+        if connection is None:
+            raise RendezvousError(f"the relay's socket {_name(path)} took no connection")
+        try:
+            return Meeting(connection, start(listeners, path, environment))
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _abstract(session: str) -> str:
+    return f"\0otel-npu-{os.getuid()}-{session}"
+
+
+def _abstract_place(session: str, complaints: list[str]) -> socket.socket:
+    """A listening socket in the abstract namespace, for want of a folder.
+
+    Raises:
+        NoPlaceError: There can be none either.
+        BlockingIOError: A relay that is about to end has it still.
+    """
+    try:
+        return _listen(_abstract(session))
+    except OSError as error:
+        complaints.append(f"nor an abstract one: {error.strerror}")
+        if error.errno == errno.EADDRINUSE:
+            raise BlockingIOError("; ".join(complaints)) from None
+        raise NoPlaceError("; ".join(complaints)) from None
+
+
+def _connect_abstract(session: str) -> socket.socket | None:
+    """A connection to the relay of the session's abstract name; None if there is none, or one that is not ours."""
+    connection = None
+    with contextlib.suppress(OSError):
+        connection = _connect(_abstract(session))
+    if connection is not None and not _peer(connection)[0]:  # in another container, which shares the network alone
+        connection.close()
+        return None
+    return connection
+
+
+def _connect(address: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection.setblocking(False)
-        connection.connect(str(path))
+        connection.connect(address)
         check_peer(connection)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
@@ -147,24 +322,10 @@ def connect(path: Path) -> socket.socket | None:
     return connection
 
 
-def check_peer(connection: socket.socket) -> None:
-    """Both ends take only processes of the same user.
-
-    Raises:
-        RendezvousError: The peer is another user's.
-    """
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    _pid, uid, _gid = _PEER_CREDENTIALS.unpack(credentials)
-    if uid != os.getuid():
-        raise RendezvousError(f"the other end of the socket is user {uid}, not {os.getuid()}")
-
-
-def listen(path: Path) -> socket.socket:
-    """A new listening socket at the path, replacing one that nobody listens on. Hold the session's lock."""
-    path.unlink(missing_ok=True)
+def _listen(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        listener.bind(str(path))
+        listener.bind(address)
         listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
@@ -172,88 +333,12 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def withdraw(path: Path) -> None:
-    """Take the socket's name away: from now on whoever needs a relay starts another."""
-    with session_lock(path):
-        path.unlink(missing_ok=True)
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user of the other end; 0 for a process that can't be seen from here."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid, uid, _gid = _PEER_CREDENTIALS.unpack(credentials)
+    return pid, uid
 
 
-class StartedRelay:
-    """A relay that was started here, and is no child of this process.
-
-    Who stops a server by killing all that descends from it, as vLLM does with its engine, would else kill the relay
-    with the last spans in it.
-
-    Attributes:
-        pid: Its process.
-    """
-
-    def __init__(self, life: int) -> None:
-        self._life = life
-        """The reading end of a pipe whose other end lives as long as the relay."""
-        self.pid = int(os.read(life, 32))
-
-    def wait(self, timeout_seconds: float) -> bool:
-        """Wait for its end, so long at most; whether it has ended."""
-        poll = select.poll()
-        poll.register(self._life, select.POLLIN)
-        return bool(poll.poll(max(0.0, timeout_seconds) * 1000))
-
-    def close(self) -> None:
-        """Wait for it no more."""
-        os.close(self._life)
-
-
-def connect_or_start(
-    path: Path, environment: Mapping[str, str] | None = None
-) -> tuple[socket.socket, StartedRelay | None]:
-    """A connection to the session's relay, and the relay if it was started here.
-
-    Args:
-        path: The session's socket.
-        environment: What a relay that is started here has beside this process's environment, or in its place.
-
-    Raises:
-        RendezvousError: The folder or the peer can't be trusted.
-        OSError: The socket can't be made or the relay can't be started.
-    """
-    connection = connect(path)
-    if connection is not None:
-        return connection, None
-    with session_lock(path):
-        connection = connect(path)
-        if connection is not None:
-            return connection, None
-        with listen(path) as listener:
-            relay = _start(listener, path, environment or {})
-            connection = connect(path)
-    if connection is None:
-        raise RendezvousError(f"the relay's socket {path} took no connection")
-    return connection, relay
-
-
-def _start(listener: socket.socket, path: Path, more: Mapping[str, str]) -> StartedRelay:
-    environment = {name: value for name, value in os.environ.items() if name not in _PINNING} | dict(more)
-    environment["OTEL_NPU_ENABLED"] = "0"
-    # The working directory stays, because exporters take relative paths, but must not shadow modules.
-    environment["PYTHONSAFEPATH"] = "1"
-    package_root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package_root)))
-    relay = [sys.executable, "-m", "otel_npu.relay", "--listener", str(listener.fileno()), "--socket", str(path)]
-    life, relays_end = os.pipe()
-    try:
-        subprocess.run(  # noqa: S603
-            [sys.executable, "-I", "-S", "-c", _DETACH, str(relays_end), _cpu_mask(), *relay],
-            pass_fds=[listener.fileno(), relays_end],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-            check=True,
-            timeout=_START_SECONDS,
-        )
-        return StartedRelay(life)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        os.close(life)
-        raise RendezvousError(f"the relay can't be started: {error}") from error
-    finally:
-        os.close(relays_end)
+def _name(path: Path | None) -> str:
+    return "an abstract one" if path is None else str(path)

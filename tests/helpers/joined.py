@@ -90,7 +90,7 @@ class Joined:
 
     def client(self, **changes: Any) -> Client:
         client = Client()
-        client.greeted = Assembler(hello(**{"device_kind": "cpu", **changes}), self.wall, span_limits())
+        client.greeted = Assembler(hello(**{"device_kind": "cpu", **changes}), self.wall, span_limits)
         return client
 
     @property
@@ -143,7 +143,7 @@ class Joined:
         }
         self.joiner.take(self.engine, scheduled(number, **fields))
 
-    def run(self, number: int, rank: int = 0, **changes: Any) -> list[ReadableSpan]:
+    def run(self, number: int, rank: int = 0, **changes: Any) -> Sequence[ReadableSpan]:
         """A rank's run of a step; the worker's own spans."""
         start_ns = number * STEP_NS
         fields: dict[str, Any] = {

@@ -142,10 +142,13 @@ class Programs:
         self.folder = folder
         self.run_folder = folder / "run"
         self.run_folder.mkdir()
+        self.temporary_folder = folder / "tmp"
+        self.temporary_folder.mkdir()
         self.log_path = folder / "log"
         self.environment = {
             "PYTHONPATH": str(REPOSITORY),
             "XDG_RUNTIME_DIR": str(self.run_folder),
+            "TMPDIR": str(self.temporary_folder),
             "OTEL_NPU_ENABLED": "1",
             "OTEL_NPU_DEVICE": "simulated",
             "OTEL_NPU_STEPS_PER_SECOND": "all",
@@ -211,7 +214,7 @@ class Programs:
 
 
 def relays(run_folder: Path) -> list[int]:
-    """The relays that live and have their socket in this folder."""
+    """The relays that live and whose socket should be in this folder."""
     return [pid for pid in processes() if _is_relay(pid, run_folder)]
 
 
@@ -223,11 +226,12 @@ def processes() -> Iterator[int]:
 def _is_relay(pid: int, run_folder: Path) -> bool:
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if arguments[1:3] != [b"-m", b"otel_npu.relay"] or b"--listener" not in arguments:
+            return False
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False  # it has gone
-    socket = os.fsencode(run_folder) + b"/"
-    # Not the process that starts it, among whose arguments are the relay's.
-    return arguments[1:3] == [b"-m", b"otel_npu.relay"] and any(argument.startswith(socket) for argument in arguments)
+    return b"XDG_RUNTIME_DIR=" + os.fsencode(run_folder) in environment
 
 
 def _signal(pid: int, number: int) -> None:

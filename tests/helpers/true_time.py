@@ -267,7 +267,7 @@ class Run:
     """
 
     placed: list[Placed] = field(default_factory=list)
-    steps: dict[int, list[ReadableSpan]] = field(default_factory=dict)
+    steps: dict[int, Sequence[ReadableSpan]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     pings: int = 0
@@ -355,7 +355,7 @@ class Relay:
 
     def _handle(self, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
-            self.assembler = Assembler(frame, self._wall, span_limits())
+            self.assembler = Assembler(frame, self._wall, span_limits)
         elif isinstance(frame, frames.Ping):
             self._run.pings += 1
             self.assembler.timeline.ping(frame)
@@ -367,7 +367,7 @@ class Relay:
             if spans:
                 self._keep(frame, spans, truths)
 
-    def _keep(self, step: frames.Step, spans: list[ReadableSpan], truths: list[Truth]) -> None:
+    def _keep(self, step: frames.Step, spans: Sequence[ReadableSpan], truths: list[Truth]) -> None:
         *of_stages, _ = spans
         unix_ns = self._wall.said_ns
         self._run.steps[step.number] = spans
@@ -391,7 +391,7 @@ def _time(ns: int | None) -> int:
     return ns
 
 
-def _faults(step: frames.Step, spans: list[ReadableSpan], unix_ns: int) -> Iterator[str]:
+def _faults(step: frames.Step, spans: Sequence[ReadableSpan], unix_ns: int) -> Iterator[str]:
     """What of a step's spans cannot have been."""
     times = [(_time(span.start_time) - unix_ns, _time(span.end_time) - unix_ns) for span in spans]
     step_start_ns, step_end_ns = times[-1]

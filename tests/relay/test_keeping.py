@@ -13,6 +13,8 @@ from tests.helpers.built import hello, step, unfinished
 from tests.helpers.joined import MS, attributes, host_stage, id_of, parent_id, span_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opentelemetry.sdk.trace import ReadableSpan
 
 USUAL_NS = 10 * MS
@@ -24,17 +26,17 @@ class Program:
     def __init__(self, factor: float = 3) -> None:
         self.drops = Drops()
         wall = WallClock(monotonic=lambda: 0, unix=lambda: 0)
-        self.assembler = Assembler(hello(device_kind="cpu"), wall, span_limits(), SlowSteps(factor, self.drops))
+        self.assembler = Assembler(hello(device_kind="cpu"), wall, span_limits, SlowSteps(factor, self.drops))
         self.at_ns = 0
         self.number = 0
 
-    def step(self, duration_ns: int = USUAL_NS, **changes: Any) -> list[ReadableSpan]:
+    def step(self, duration_ns: int = USUAL_NS, **changes: Any) -> Sequence[ReadableSpan]:
         """A step as long as this, right after the one before it."""
         self.number += 1
         self.at_ns += duration_ns
         return self.told(self.at_ns - duration_ns, duration_ns, span_id=id_of(self.number), **changes)
 
-    def told(self, start_ns: int, duration_ns: int, **changes: Any) -> list[ReadableSpan]:
+    def told(self, start_ns: int, duration_ns: int, **changes: Any) -> Sequence[ReadableSpan]:
         stages = [host_stage("forward", start_ns, duration_ns)]
         return self.assembler.step(step(self.number, **{"kept": False, "stages": stages, **changes}))
 
@@ -43,7 +45,7 @@ class Program:
             assert self.step() == []
 
 
-def reasons(spans: list[ReadableSpan]) -> list[str]:
+def reasons(spans: Sequence[ReadableSpan]) -> list[str]:
     return [attributes(span)["npu.sampled.reason"] for span in spans if span.name == "worker_step"]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,13 +151,12 @@ def test_ten_processes_that_start_at_once_start_one_relay(programs: Programs, re
 # A private folder, the same user only
 
 
-def runs_on_without_a_relay(programs: Programs, environment: dict[str, str] | None = None) -> str:
-    """What it logged."""
-    worker = programs.start(environment)
-    assert worker.ask("steps(3)") == 3
-    eventually(lambda: programs.log, "the program says why")
-    assert worker.ask("steps(3)") == 3
-    assert programs.relays() == []
+def goes_another_way(programs: Programs, receiver: Receiver) -> str:
+    """What it logged: every span arrives all the same."""
+    worker = programs.start(receiver.grpc_environment)
+    assert worker.ask("steps(3) and otel_npu.flush(20)") is True
+    assert step_numbers(receiver.spans) == [1, 2, 3]
+    assert len(programs.relays()) == 1
     return programs.log
 
 
@@ -171,34 +173,151 @@ def test_the_sockets_folder_is_for_this_user_alone(programs: Programs) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o710, 0o777])
-def test_a_folder_that_others_can_enter_is_refused(programs: Programs, mode: int) -> None:
+def test_a_folder_that_others_can_enter_is_not_used(programs: Programs, receiver: Receiver, mode: int) -> None:
     folder = relay_folder(programs)
     folder.mkdir()
     folder.chmod(mode)
-    [line] = runs_on_without_a_relay(programs).splitlines()
-    assert str(folder) in line
-    assert "mode 0700" in line
+    [line] = goes_another_way(programs, receiver).splitlines()
+    assert f"{folder} must be a folder of user {os.getuid()} with mode 0700, and is not" in line
+    assert f"the relay's socket is {programs.temporary_folder}/otel-npu-" in line
+    assert list(folder.iterdir()) == []
 
 
-def test_a_symlink_in_the_folders_place_is_refused(programs: Programs, tmp_path: Path) -> None:
+def test_a_symlink_in_the_folders_place_is_not_followed(programs: Programs, receiver: Receiver, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
+    (elsewhere / "lock").write_text("the user's own")
     relay_folder(programs).symlink_to(elsewhere)
-    [line] = runs_on_without_a_relay(programs).splitlines()
+    [line] = goes_another_way(programs, receiver).splitlines()
     assert "must be a folder of user" in line
+    assert (elsewhere / "lock").read_text() == "the user's own"
 
 
 @needs_root
-def test_a_folder_of_another_user_is_refused(programs: Programs) -> None:
+def test_a_folder_of_another_user_is_not_used(programs: Programs, receiver: Receiver) -> None:
     relay_folder(programs).mkdir(mode=0o700)
     os.chown(relay_folder(programs), NOBODY, NOBODY)
-    [line] = runs_on_without_a_relay(programs).splitlines()
+    [line] = goes_another_way(programs, receiver).splitlines()
     assert f"must be a folder of user {os.getuid()}" in line
 
 
+@pytest.mark.parametrize("lock", ["a fifo", "a folder", "a link", "held"])
+def test_a_lock_that_can_not_be_had_is_said_and_another_place_taken(
+    programs: Programs, receiver: Receiver, tmp_path: Path, lock: str
+) -> None:
+    folder = relay_folder(programs)
+    folder.mkdir(mode=0o700)
+    path = folder / "lock"
+    with contextlib.ExitStack() as holding:
+        if lock == "a fifo":
+            os.mkfifo(path)
+        elif lock == "a folder":
+            path.mkdir()
+        elif lock == "a link":
+            (tmp_path / "precious").write_text("the user's own")
+            path.symlink_to(tmp_path / "precious")
+        else:
+            fcntl.flock(holding.enter_context(path.open("w")), fcntl.LOCK_EX)
+        [line] = goes_another_way(programs, receiver).splitlines()
+    assert str(folder) in line
+    if lock == "a link":
+        assert (tmp_path / "precious").read_text() == "the user's own"
+
+
+def test_without_any_folder_the_socket_has_an_abstract_name_that_children_find(
+    programs: Programs, receiver: Receiver
+) -> None:
+    for folder in (programs.run_folder, programs.temporary_folder):
+        (folder / f"otel-npu-{os.getuid()}").write_text("in the way")
+    [line] = goes_another_way(programs, receiver).splitlines()
+    assert "the relay's socket is an abstract one" in line
+
+
+CHILD = """
+import json, os, shutil, subprocess, sys
+import otel_npu
+
+def trace(kind):
+    with otel_npu.step(kind), otel_npu.stage("forward"):
+        pass
+    return otel_npu.flush(20)
+
+if len(sys.argv) > 1:
+    assert trace("child")
+    sys.exit()
+assert trace("parent")
+run = os.environ["XDG_RUNTIME_DIR"]
+changes = {"moved": {"XDG_RUNTIME_DIR": os.environ["ELSEWHERE"], "TMPDIR": os.environ["ELSEWHERE"]}, "removed": {}}
+if os.environ["CHANGE"] == "removed":
+    shutil.rmtree(run)
+subprocess.run([sys.executable, __file__, "child"], env={**os.environ, **changes[os.environ["CHANGE"]]}, check=True)
+print(json.dumps("done"), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("change", ["moved", "removed"])
+def test_a_child_finds_the_relay_although_its_folder_is_another_or_gone(
+    programs: Programs, receiver: Receiver, tmp_path: Path, change: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = programs.folder / "parent.py"
+    path.write_text(CHILD)
+    environment = {**receiver.grpc_environment, "CHANGE": change, "ELSEWHERE": str(elsewhere)}
+    parent = programs.start(environment, command=[sys.executable, str(path)])
+    assert parent.answer() == "done"
+    assert len(programs.relays()) == 1
+    assert list(elsewhere.iterdir()) == []
+    parent.leave()
+    assert {span.attributes["npu.step.kind"] for span in receiver.named("worker_step")} == {"parent", "child"}
+    assert programs.log == ""
+
+
+def test_what_the_relay_holds_is_exported_although_its_folder_has_gone(programs: Programs, receiver: Receiver) -> None:
+    worker = programs.start({**receiver.grpc_environment, "OTEL_BSP_SCHEDULE_DELAY": "60000"})
+    assert worker.ask("steps(1) and otel_npu.flush(20)") is True
+    shutil.rmtree(programs.run_folder)
+    worker.ask("steps(200)")
+    eventually(lambda: worker.ask("all_is_read()") is True, "the relay has read all")
+    worker.process.kill()
+    worker.process.wait()
+    receiver.wait_for(201, "worker_step")
+
+
+UMASKED = "import os, runpy, sys; os.umask(int(sys.argv[1], 8)); runpy.run_path(sys.argv[2], run_name='__main__')"
+
+
+@pytest.mark.parametrize("umask", [0o777, 0o000])
+def test_the_umask_is_all_the_same(programs: Programs, receiver: Receiver, umask: int) -> None:
+    command = [sys.executable, "-c", UMASKED, f"{umask:o}", str(programs.worker)]
+    worker = programs.start(receiver.grpc_environment, command=command)
+    assert worker.ask("steps(3) and otel_npu.flush(20)") is True
+    assert relay_folder(programs).lstat().st_mode & 0o777 == 0o700
+    [socket] = programs.sockets
+    assert socket.lstat().st_mode & 0o777 == 0o600
+
+
+def test_a_path_longer_than_a_sockets_name_may_be_is_no_trouble(programs: Programs, receiver: Receiver) -> None:
+    long = programs.run_folder / ("long" * 30)
+    long.mkdir()
+    environment = {**receiver.grpc_environment, "XDG_RUNTIME_DIR": str(long), "OTEL_NPU_SESSION": "named"}
+    first, second = programs.start(environment), programs.start(environment)
+    for worker in (first, second):
+        assert worker.ask("steps(1) and otel_npu.flush(20)") is True
+    assert len(list(long.glob("*/named.sock"))) == 1
+    for worker in (first, second):
+        worker.leave()
+    eventually(lambda: not list(long.glob("*/named.sock")), "the relay has taken its name away")
+    assert programs.log == ""
+
+
 def test_a_session_that_is_no_name_is_refused(programs: Programs) -> None:
-    [line] = runs_on_without_a_relay(programs, {"OTEL_NPU_SESSION": "../../etc"}).splitlines()
+    worker = programs.start({"OTEL_NPU_SESSION": "../../etc"})
+    assert worker.ask("steps(3)") == 3
+    [line] = programs.log.splitlines()
     assert "OTEL_NPU_SESSION='../../etc': takes 1 to 32 letters, digits, '_' or '-'" in line
+    assert programs.relays() == []
 
 
 INTRUDER = """
@@ -315,7 +434,7 @@ def test_a_relay_that_is_killed_is_started_again_and_its_loss_is_counted(
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
     first = programs.relay()
     os.kill(first, signal.SIGKILL)
-    eventually(lambda: not worker.ask("recorder()._channel.connected"), "the worker has noticed")
+    eventually(lambda: programs.relays() not in ([], [first]), "the worker has noticed")
     assert worker.ask("steps(5)") == 5
     assert eventually(lambda: worker.ask("otel_npu.flush(20)"), "another relay is there")
     assert programs.relay() != first
@@ -328,7 +447,7 @@ def test_who_kills_a_process_and_all_its_descendants_leaves_the_relay(programs: 
     worker = programs.start(receiver.grpc_environment)
     worker.ask("steps(2)")
     eventually(lambda: worker.ask("recorder()._resolved_and_sent()"), "both are in the relay's socket")
-    assert programs.relay() not in descendants(worker.pid)
+    eventually(lambda: programs.relay() not in descendants(worker.pid), "it is nobody's child")
     for pid in (*descendants(worker.pid), worker.pid):
         os.kill(pid, signal.SIGKILL)
     receiver.wait_for(2, "worker_step")

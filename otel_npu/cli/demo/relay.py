@@ -108,7 +108,7 @@ def main() -> int:
     except Exception as error:
         _log.error("%s", error)
         return 1
-    server = Server([exporter_to(arguments.picture), *standard], socket.socket(fileno=arguments.listener))
+    server = Server([exporter_to(arguments.picture), *standard], [socket.socket(fileno=arguments.listener)])
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.run(leave=lambda: rendezvous.withdraw(arguments.socket))
     return 0

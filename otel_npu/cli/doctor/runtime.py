@@ -82,7 +82,7 @@ def _run_one() -> None:
     base = rendezvous.socket_folder().parent
     # Not the folder of the real sockets: a lock file would stay in it.
     with tempfile.TemporaryDirectory(dir=base, prefix=f"{rendezvous.socket_folder().name}-") as place:
-        connection, relay = rendezvous.connect_or_start(Path(place, "s.sock"), {"OTEL_TRACES_EXPORTER": "none"})
+        connection, relay, _ = rendezvous.connect_or_start(Path(place, "s.sock"), {"OTEL_TRACES_EXPORTER": "none"})
         assert relay is not None
         try:
             with connection:
@@ -90,7 +90,7 @@ def _run_one() -> None:
             if not relay.wait(_END_SECONDS):
                 raise RuntimeError("it does not end when its last client has gone")
         finally:
-            if not relay.wait(0):
+            if not relay.wait(0) and relay.pid is not None:
                 os.kill(relay.pid, signal.SIGKILL)
             relay.close()
 

@@ -1,0 +1,164 @@
+"""Spans are made when there is nothing to read: reading comes first, and begins before the SDK has been imported."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, overload
+
+from otel_npu import semconv
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from otel_npu.drops import Drops
+    from otel_npu.relay.client import Account
+    from otel_npu.relay.export import ExportQueue
+
+_log = logging.getLogger("otel_npu.relay")
+
+MAX_TRACE_SPANS: Final = 16_384
+"""So many spans of steps wait at most to be made."""
+MAX_REQUESTS: Final = 16_384
+"""And so many requests, which go first."""
+_LOAD_SECONDS: Final = 60.0
+
+
+class Unmade(Sequence["ReadableSpan"]):
+    """Spans that are made when somebody looks at them, once.
+
+    Args:
+        make: Makes them.
+        gives_way: About how many they are if they may be given up, where there is more to read than can be made: the
+            trace of a step. Else 0.
+    """
+
+    __slots__ = ("_made", "_make", "gives_way")
+
+    def __init__(self, make: Callable[[], Sequence[ReadableSpan]], *, gives_way: int = 0) -> None:
+        self._make: Callable[[], Sequence[ReadableSpan]] | None = make
+        self._made: Sequence[ReadableSpan] = ()
+        self.gives_way = gives_way
+
+    def __len__(self) -> int:
+        return len(self._spans())
+
+    def __iter__(self) -> Iterator[ReadableSpan]:
+        return iter(self._spans())
+
+    @overload
+    def __getitem__(self, index: int) -> ReadableSpan: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ReadableSpan]: ...
+    def __getitem__(self, index: int | slice) -> ReadableSpan | Sequence[ReadableSpan]:
+        return self._spans()[index]
+
+    def _spans(self) -> Sequence[ReadableSpan]:
+        make, self._make = self._make, None
+        if make is not None:
+            self._made = make()
+        return self._made
+
+
+class Making:
+    """What is still to be made into spans, and the exporter behind it.
+
+    Args:
+        load: Makes the exporter's queue; it imports OpenTelemetry's SDK.
+        drops: Where steps that are given up are counted.
+    """
+
+    def __init__(self, load: Callable[[], ExportQueue], drops: Drops) -> None:
+        self._load = load
+        self._drops = drops
+        self._requests: deque[tuple[Sequence[ReadableSpan], Account]] = deque()
+        self._traces: deque[tuple[Unmade, Account]] = deque()
+        self._trace_spans = 0
+        self._export: ExportQueue | None = None
+        self._loading: threading.Thread | None = None
+
+    def load(self) -> None:
+        """Make the exporter now."""
+        self._export = self._load()
+
+    def load_beside(self) -> None:
+        """Make the exporter on a thread of its own, while frames are read already."""
+        try:
+            self._loading = threading.Thread(target=self.load, name="otel-npu load", daemon=True)
+            self._loading.start()
+        except RuntimeError:  # no thread can be started: reading waits, then
+            self._loading = None
+            self.load()
+
+    @property
+    def export(self) -> ExportQueue | None:
+        """The exporter's queue, once it is there."""
+        return self._export
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything that could be made now."""
+        return self._export is not None and bool(self._requests or self._traces)
+
+    def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
+        """Take a client's spans. Those of one call leave together."""
+        if isinstance(spans, Unmade) and spans.gives_way:
+            self._traces.append((spans, account))
+            self._trace_spans += spans.gives_way
+            while self._trace_spans > MAX_TRACE_SPANS:
+                self.give_way()
+        elif isinstance(spans, Unmade) or spans:
+            self._requests.append((spans, account))
+            if len(self._requests) > MAX_REQUESTS:
+                _, loser = self._requests.popleft()
+                self._drops.add(semconv.RELAY_BUSY)
+                loser.lose()
+
+    def give_way(self) -> bool:
+        """Give up the oldest trace, if one waits; whether one did."""
+        if not self._traces:
+            return False
+        spans, account = self._traces.popleft()
+        self._trace_spans -= spans.gives_way
+        self._drops.add(semconv.RELAY_BUSY)
+        account.lose(spans.gives_way)
+        return True
+
+    def some(self, seconds: float) -> None:
+        """Make what waits, for so long; something of it in any case."""
+        if self._export is None:
+            return
+        until = time.monotonic() + seconds
+        while self._requests or self._traces:
+            self._next(self._export)
+            if time.monotonic() >= until:
+                return
+
+    def all(self) -> ExportQueue:
+        """Make all that waits; the exporter's queue, in which it is then."""
+        if self._export is None and self._loading is not None:
+            self._loading.join(_LOAD_SECONDS)
+        if self._export is None:
+            self.load()
+        assert self._export is not None
+        while self._requests or self._traces:
+            self._next(self._export)
+        return self._export
+
+    def _next(self, export: ExportQueue) -> None:
+        if self._requests:
+            spans, account = self._requests.popleft()
+        else:
+            spans, account = self._traces.popleft()
+            self._trace_spans -= spans.gives_way
+        try:
+            export.put(list(spans), account)
+        except Exception:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            account.lose()
+            _log.exception("a fault of otel-npu's own; spans are lost")
