@@ -58,6 +58,8 @@ class Engine:
         self._requests: dict[int, Request] = {}
         """By the number that the relay knows each by, in the order of arrival."""
         self._aborted: list[int] = []
+        self._launched_ns = 0
+        """How long the step takes on the NPU: by that it is judged, for the host may have better things to do."""
 
     @property
     def idle(self) -> bool:
@@ -116,7 +118,7 @@ class Engine:
         stalled = any(self._stalls(self._requests[number]) for number in served)
         self._run(kind, step_number, ids, sum(served.values()), stalled=stalled)
         step_kind = kind, sum(served.values()).bit_length()
-        is_slow = self._slow_steps.judge(step_kind, perf_counter_ns() - opened_ns, kept=ids.kept)
+        is_slow = self._slow_steps.judge(step_kind, self._launched_ns, kept=ids.kept)
         self._update(ids.span_id, served, prefills, semconv.SLOW if is_slow else "")
         time.sleep(_HOST_SECONDS)
 
@@ -141,6 +143,7 @@ class Engine:
         step = Step(self._recorder, kind, (), None, ids=own, rank=Rank(0, returns_output=True))
         step.open()
         step.number = number
+        self._launched_ns = 0
         forward_ms = (8.0 if kind == _DECODE else 12.0) + 0.02 * tokens
         with otel_npu.stage("prepare_input"):
             self._launch(0.6)
@@ -157,7 +160,9 @@ class Engine:
         step.close()
 
     def _launch(self, milliseconds: float) -> None:
-        self._npu.launch(round(milliseconds * 1e6 * max(0.5, self._random.gauss(1, _SPREAD))))
+        duration_ns = round(milliseconds * 1e6 * max(0.5, self._random.gauss(1, _SPREAD)))
+        self._launched_ns += duration_ns
+        self._npu.launch(duration_ns)
 
     def _update(self, span_id: bytes, served: dict[int, int], prefills: set[int], keep: str) -> None:
         """Hand out the tokens of a step; whose prompt is not computed yet gets none. `keep`: why it is a trace now."""
