@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 FOLDER: Final = Path(__file__).with_name("pictures")
 _COLUMNS, _ROWS = 96, 24
-_WIDTH, _HEADER, _ROW = 1240, 46, 28  # of Jaeger's page, in pixels
+_WIDTH, _HEADER, _ROW = 1240, 92, 28  # of Jaeger's page, in pixels
+_STEP_MS: Final = 10  # of a device that the picture's server has not
 _LLM_REQUEST: Final = "llm_request"
+_CONFIG: Final = {"criticalPathEnabled": False}
 
 
 def demo() -> None:
@@ -59,7 +61,12 @@ def demo() -> None:
 
 
 def run(file: Path) -> None:
-    """Ask the real server for several completions at once, and keep the trace of one."""
+    """Ask the real server for several completions at once, and keep the trace of one.
+
+    In the place of a device each forward sleeps, as in `benchmarks.vllm_cost`.
+    """
+    from benchmarks.vllm_timed_steps import DEVICE_MS
+    from benchmarks.vllm_timed_steps import FOLDER as FOLDER_OF_TOTALS
     from tests.helpers.receiver import Receiver
     from tests.helpers.tiny_model import words
     from tests.helpers.vllm_client import Caller, Client
@@ -69,7 +76,9 @@ def run(file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, Receiver() as receiver:
         endpoint = f"http://127.0.0.1:{receiver.grpc_port}"
         arguments = [*SMALL, "--otlp-traces-endpoint", endpoint]
-        with Server(Path(folder), arguments, {"OTEL_SERVICE_NAME": "vllm"}) as server:
+        environment = {"OTEL_SERVICE_NAME": "vllm", FOLDER_OF_TOTALS: folder, DEVICE_MS: str(_STEP_MS)}
+        plugins = {"timed_steps": "benchmarks.vllm_timed_steps:register"}
+        with Server(Path(folder), arguments, environment, plugins) as server:
             client = Client(server.port)
             client.complete(words(100), max_tokens=8)  # what is done for the first time takes long
 
@@ -151,15 +160,24 @@ class _Page(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/"):
-            answer = json.dumps(self._trace if path.startswith("/api/traces/") else {"data": []}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(answer)
+            answer = self._trace if path.startswith("/api/traces/") else {"data": []}
+            self._send("application/json", json.dumps(answer))
             return
-        if not Path(str(self.directory), path.lstrip("/")).is_file():
-            self.path = "/index.html"
-        super().do_GET()
+        file = Path(str(self.directory), path.lstrip("/"))
+        if file.is_file() and path != "/":
+            super().do_GET()
+            return
+        page = Path(str(self.directory), "index.html").read_text()
+        # As Jaeger itself does it; the black lines of the critical path would hide the bars.
+        self._send(
+            "text/html", page.replace("JAEGER_CONFIG = DEFAULT_CONFIG", f"JAEGER_CONFIG = {json.dumps(_CONFIG)}")
+        )
+
+    def _send(self, content_type: str, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.end_headers()
+        self.wfile.write(text.encode())
 
     def log_message(self, *_: object) -> None:
         """Nothing."""

@@ -21,11 +21,12 @@ from otel_npu._version import __version__
 if TYPE_CHECKING:
     from otel_npu.capture.durations import ProfileExecuteDuration
     from otel_npu.capture.switch import disable, enable, flush, stage, step
-    from otel_npu.settings import Settings
+    from otel_npu.settings import Settings, SettingsError
 
 __all__ = [
     "ProfileExecuteDuration",
     "Settings",
+    "SettingsError",
     "__version__",
     "disable",
     "enable",
@@ -37,6 +38,7 @@ __all__ = [
 _HOMES = {
     "ProfileExecuteDuration": "otel_npu.capture.durations",
     "Settings": "otel_npu.settings",
+    "SettingsError": "otel_npu.settings",
     "disable": "otel_npu.capture.switch",
     "enable": "otel_npu.capture.switch",
     "flush": "otel_npu.capture.switch",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Sequence
 
 _T = TypeVar("_T")
 
@@ -32,7 +33,7 @@ _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
 
 class SettingsError(ValueError):
-    """A variable holds what it does not take; the message names the variable, the value and what it takes."""
+    """A variable, or a field of `Settings`, holds what it does not take; the message says which, and what it takes."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,27 @@ class Settings:
     log_stages: bool = False
     queue_bytes: int = 64_000_000
     root_traces: bool = True
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold credentials
 
     def __post_init__(self) -> None:
-        _device(DEVICE, self.device)
-        if self.export not in _EXPORTS:
-            raise _error(EXPORT, self.export, " or ".join(_EXPORTS))
-        if self.request_spans not in _REQUEST_SPANS:
-            raise _error(REQUEST_SPANS, self.request_spans, " or ".join(_REQUEST_SPANS))
-        if not self.steps_per_second >= 0:
-            raise _error(STEPS_PER_SECOND, str(self.steps_per_second), _RATE_TAKES)
-        if not self.slow_step > 1:
-            raise _error(SLOW_STEP, str(self.slow_step), _SLOW_TAKES)
-        if not self.hang_seconds > 0:
-            raise _error(HANG_SECONDS, str(self.hang_seconds), _HANG_TAKES)
-        if not self.queue_bytes >= _LEAST_QUEUE_BYTES:
-            raise _error(QUEUE_BYTES, str(self.queue_bytes), _QUEUE_TAKES)
+        for name, (good, takes) in _FIELDS.items():
+            value = getattr(self, name)
+            if not good(value):
+                shown = "..." if name == "environment" else repr(value)
+                raise SettingsError(f"Settings({name}={shown}): takes {takes}")
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from the environment.
+
+        Args:
+            environment: Where to read them; the process's own unless it is given.
 
         Raises:
             SettingsError: For the first variable with a bad value.
         """
+        if environment is None:
+            environment = os.environ
         read = _Reader(environment)
         flags = [read(variable, _flag, default=False) for variable in (ENABLED, ENABLED_ALIAS)]  # both are checked
         enabled = any(flags)
@@ -112,9 +110,28 @@ class Settings:
         )
 
 
-def sdk_disabled(environment: Mapping[str, str] = os.environ) -> bool:
+def sdk_disabled(environment: Mapping[str, str] | None = None) -> bool:
     """Whether the standard variable turns all tracing off: by "true" in any case, and by nothing else."""
-    return environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return (os.environ if environment is None else environment).get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+
+
+VARIABLES: Final = (
+    *(ENABLED, ENABLED_ALIAS, DEVICE, EXPORT, REQUEST_SPANS, STEPS_PER_SECOND, SLOW_STEP, HANG_SECONDS, LOG_STAGES),
+    *(QUEUE_BYTES, SESSION),
+)
+
+
+def unknown_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that look like ours and that nothing reads, each with the one that may be meant, if any."""
+    unknown = {}
+    for name in sorted(os.environ if environment is None else environment):
+        match = re.fullmatch(r"_*OTEL_?NPU_(.*)", name, re.IGNORECASE | re.DOTALL)
+        if match is not None and name not in VARIABLES:
+            import difflib  # seldom wanted
+
+            ours = {variable.removeprefix("OTEL_NPU_"): variable for variable in VARIABLES}
+            unknown[name] = "".join(ours[word] for word in difflib.get_close_matches(match[1].upper(), ours, 1))
+    return unknown
 
 
 class _Reader:
@@ -179,17 +196,66 @@ def _number(variable: str, value: str, *, word: str, takes: str, allowed: Callab
     return number
 
 
+def _words(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 def _one_of(*words: str) -> Callable[[str, str], str]:
     def parse(variable: str, value: str) -> str:
         if value.lower() not in words:
-            raise _error(variable, value, " or ".join(words))
+            raise _error(variable, value, _words(words))
         return value.lower()
 
     return parse
 
 
+_DEVICE_TAKES: Final = "auto, npu, cpu, simulated or a torch device type such as cuda"
+
+
 def _device(variable: str, value: str) -> str:
-    # Whether such a device exists is only known once torch is there; here the form alone is checked.
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
-        raise _error(variable, value, "auto, npu, cpu, simulated or a torch device type such as cuda")
+    if not _is_device(value):
+        raise _error(variable, value, _DEVICE_TAKES)
     return value
+
+
+def _is_device(value: object) -> bool:
+    # Whether such a device exists is only known once torch is there; here the form alone is checked.
+    return isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value) is not None
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, str) for pair in value.items() for item in pair)
+
+
+# What each field takes, in words that a program's author understands: no variable need have been set.
+_FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    **dict.fromkeys(("enabled", "log_stages", "root_traces"), (_is_flag, "True or False")),
+    "device": (_is_device, _DEVICE_TAKES),
+    "export": (lambda value: value in _EXPORTS, _words(_EXPORTS)),
+    "request_spans": (lambda value: value in _REQUEST_SPANS, _words(_REQUEST_SPANS)),
+    "steps_per_second": (
+        lambda value: _is_number(value) and value >= 0,
+        "a number of steps a second, 0 or more; math.inf for every one",
+    ),
+    "slow_step": (
+        lambda value: _is_number(value) and value > 1,
+        "how many times the usual, a number above 1; math.inf for none",
+    ),
+    "hang_seconds": (
+        lambda value: _is_number(value) and value > 0,
+        "a number of seconds above 0; math.inf for never",
+    ),
+    "queue_bytes": (
+        lambda value: _is_number(value) and value >= _LEAST_QUEUE_BYTES,
+        _QUEUE_TAKES,
+    ),
+    "environment": (_is_environment, "a mapping of variables to their values, both text"),
+}

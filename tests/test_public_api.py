@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SURFACE = {
     "ProfileExecuteDuration",
     "Settings",
+    "SettingsError",
     "__version__",
     "disable",
     "enable",

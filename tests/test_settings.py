@@ -27,7 +27,7 @@ BAD = [
     ("OTEL_NPU_DEVICE", "npu:0", DEVICE),
     ("OTEL_NPU_DEVICE", "a device", DEVICE),
     ("OTEL_NPU_EXPORT", "collector", "relay or inprocess"),
-    ("OTEL_NPU_REQUEST_SPANS", "all", "summary or detail or off"),
+    ("OTEL_NPU_REQUEST_SPANS", "all", "summary, detail or off"),
     ("OTEL_NPU_STEPS_PER_SECOND", "many", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "-1", RATE),
     ("OTEL_NPU_STEPS_PER_SECOND", "nan", RATE),
@@ -129,11 +129,41 @@ def test_a_bad_value_is_one_clear_line_and_tracing_stays_off(
         {"slow_step": 1},
         {"hang_seconds": 0},
         {"hang_seconds": math.nan},
+        {"enabled": "yes"},
+        {"device": 3},
+        {"request_spans": ["summary"]},
+        {"steps_per_second": "lots"},
+        {"steps_per_second": True},
+        {"steps_per_second": None},
+        {"slow_step": "off"},
+        {"hang_seconds": None},
+        {"log_stages": 1},
+        {"root_traces": "no"},
+        {"environment": None},
+        {"environment": {"OTEL_EXPORTER_OTLP_TIMEOUT": 10}},
     ],
 )
 def test_settings_made_by_a_program_are_checked_too(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="takes"):
         Settings(**bad)
+
+
+def test_the_error_names_the_field_and_is_one_that_a_program_can_catch() -> None:
+    with pytest.raises(otel_npu.SettingsError, match=r"^Settings\(steps_per_second='lots'\): takes a number of steps"):
+        otel_npu.Settings(steps_per_second="lots")  # type: ignore[arg-type]
+
+
+def test_what_the_environment_holds_is_in_no_text_about_settings(
+    run_program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=hush"}
+    assert "hush" not in repr(Settings(environment=secret))
+    with pytest.raises(SettingsError) as error:
+        Settings(environment={**secret, "OTEL_EXPORTER_OTLP_TIMEOUT": 1})  # type: ignore[dict-item]
+    assert "hush" not in str(error.value)
+    done = run_program("import otel_npu; help(otel_npu.Settings); help(otel_npu)", secret)
+    assert "from_environment" in done.stdout
+    assert "hush" not in done.stdout
 
 
 def test_settings_do_not_change() -> None:

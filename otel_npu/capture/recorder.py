@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from otel_npu import semconv
+from otel_npu import announce, semconv
 from otel_npu.capture.idle import IdleThread
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.shared import MAX_PENDING, Capture
@@ -101,6 +101,7 @@ class Recorder(Capture):
         """The relay is told, and looks at the device's clock begin."""
         self.idle.new_device()
         self._channel.greet_again()
+        announce.is_on(self.settings, self.device)
 
     # Lifecycle.
 

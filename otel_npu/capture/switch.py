@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_npu import announce
 from otel_npu.capture import arguments
 from otel_npu.capture.decorate import maker
 from otel_npu.capture.interrupts import from_outside
@@ -170,6 +171,7 @@ def _decide() -> bool:
     with _lock:
         if _decided:
             return _recorder is not None
+        announce.unknown_names()
         if _forked_from is not None:
             settings, _forked_from = _forked_from, None
             return _turn_on(settings, None)

@@ -6,6 +6,7 @@ Each kind is one small class in a module of its own. All of them answer to `Devi
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -112,12 +113,32 @@ def _find(kind: str) -> Device | None:
         imported = hasattr(torch, "accelerator")  # not while it is still being imported
         if imported and kind in _BUILT_IN:
             raise ValueError("this torch was built without it")
+        if kind != "auto":
+            _may_come(kind)
         return _find("cpu") if imported and kind == "auto" else None
     if kind not in ("auto", accelerator):
         raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
     if not getattr(torch, accelerator).is_initialized():
         return None
     return _open(accelerator)
+
+
+@functools.cache
+def _may_come(kind: str) -> None:
+    """Whether an accelerator of this kind could still be there later: until then nobody knows it.
+
+    Raises:
+        ValueError: It can't.
+    """
+    module = "torch_npu" if kind == "npu" else "torch"
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{module} is not installed")
+    torch = sys.modules.get("torch")
+    if kind != "npu" and hasattr(torch, "device"):
+        try:
+            torch.device(kind)  # type: ignore[union-attr]
+        except RuntimeError:
+            raise ValueError("torch knows no such device") from None
 
 
 @functools.cache

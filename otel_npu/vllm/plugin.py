@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Final
 
+from otel_npu import announce
 from otel_npu.settings import SettingsError
 from otel_npu.vllm import engine, front_end, hooks, tracing, worker
 from otel_npu.vllm.hooks import Hook
@@ -160,6 +161,7 @@ HOOKS: Final[tuple[Hook, ...]] = (
 
 def register() -> None:
     """Turn tracing on in this vLLM process, if the environment says so; else nothing is touched."""
+    announce.unknown_names()
     try:
         settings = tracing.settings()
     except SettingsError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -19,18 +18,7 @@ TRACING: Final = "tracing"
 ENVIRONMENT: Final = "environment"
 
 _PREFIX: Final = "OTEL_NPU_"
-_OURS: Final = (
-    settings.ENABLED,
-    settings.ENABLED_ALIAS,
-    settings.DEVICE,
-    settings.EXPORT,
-    settings.REQUEST_SPANS,
-    settings.STEPS_PER_SECOND,
-    settings.SLOW_STEP,
-    settings.HANG_SECONDS,
-    settings.LOG_STAGES,
-    settings.QUEUE_BYTES,
-)
+_OURS: Final = tuple(name for name in settings.VARIABLES if name != settings.SESSION)
 
 
 def wanted_device() -> str:
@@ -100,12 +88,10 @@ def _bad(error: Exception) -> Finding:
 
 
 def _unknown_names() -> Iterator[Finding]:
-    known = (*_OURS, settings.SESSION)
-    for name in sorted(os.environ):
-        if name.startswith(_PREFIX) and name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            cure = f"is {nearest[0]} meant?" if nearest else "unset it: nothing reads it"
-            yield warning(ENVIRONMENT, f"{name} is unknown", cure)
+    for name, meant in settings.unknown_variables().items():
+        yield warning(
+            ENVIRONMENT, f"{name} is unknown", f"is {meant} meant?" if meant else "unset it: nothing reads it"
+        )
 
 
 def _standard_complaint(name: str, value: str) -> Finding | None:

@@ -1,0 +1,75 @@
+"""What a person who has just turned tracing on is told: that it is on, or that a variable's name is not ours."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Final
+
+from otel_npu import secrets
+from otel_npu.settings import unknown_variables
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from otel_npu.devices import Device
+    from otel_npu.settings import Settings
+
+_log = logging.getLogger("otel_npu")
+
+_DEFAULTS: Final = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
+
+
+def unknown_names() -> None:
+    """One warning for each variable that looks like one of ours and is none."""
+    for name, meant in unknown_variables().items():
+        _log.warning("%s is no variable of otel-npu's%s", name, f": is {meant} meant?" if meant else "")
+
+
+def is_on(settings: Settings, device: Device) -> None:
+    """One line: that it is on, by whose clock, where spans go and how many steps are kept."""
+    clock = "the host's clock, for there is no device" if device.host_clock else _device(device)
+    where = destination({**os.environ, **settings.environment})
+    text = f"otel-npu is on: stages are timed by {clock}; spans go to {where}; {_kept(settings)}"
+    if _log.hasHandlers():
+        _log.info("%s", text)  # whoever has set up logging decides who sees it
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s"))
+    handler.handle(_log.makeRecord(_log.name, logging.INFO, __file__, 0, text, (), None))
+
+
+def destination(environment: Mapping[str, str]) -> str:
+    """Where the standard variables send spans, without credentials."""
+
+    def first(*variables: str, default: str) -> str:
+        return next((value for name in variables if (value := environment.get(name, "").strip())), default)
+
+    exporters = first("OTEL_TRACES_EXPORTER", default="otlp")
+    if exporters == "none":
+        return "nobody (OTEL_TRACES_EXPORTER=none)"
+    if exporters != "otlp":
+        return f"the exporters of OTEL_TRACES_EXPORTER={exporters}"
+    protocol = first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL", default="grpc")
+    usual = _DEFAULTS.get(protocol, "the default endpoint")
+    endpoint = first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT", default=usual)
+    return f"{secrets.masked(endpoint, environment)} ({protocol})"
+
+
+def _device(device: Device) -> str:
+    try:
+        name = device.name(0)
+    except Exception:
+        name = ""  # nobody's tracing fails for want of a name
+    return f"{device.kind} ({name})" if name else device.kind
+
+
+def _kept(settings: Settings) -> str:
+    rate = settings.steps_per_second
+    if rate == math.inf:
+        return "every step is kept as a trace"
+    if not settings.root_traces or (rate == 0 and settings.slow_step == math.inf):
+        return "no step is kept as a trace of its own"
+    slow = "" if settings.slow_step == math.inf else ", and slow ones"
+    return f"{rate:g} steps a second of each kind are kept as traces{slow}"
