@@ -125,7 +125,7 @@ def unknown_variables(environment: Mapping[str, str] | None = None) -> dict[str,
     """The variables that look like ours and that nothing reads, each with the one that may be meant, if any."""
     unknown = {}
     for name in sorted(os.environ if environment is None else environment):
-        match = re.fullmatch(r"_*OTEL_?NPU_(.*)", name, re.IGNORECASE | re.DOTALL)
+        match = re.fullmatch(r"OTEL_?NPU_(.*)", name, re.IGNORECASE | re.DOTALL)
         if match is not None and name not in VARIABLES:
             import difflib  # seldom wanted
 
