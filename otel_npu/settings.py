@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ STEPS_PER_SECOND: Final = "OTEL_NPU_STEPS_PER_SECOND"
 SLOW_STEP: Final = "OTEL_NPU_SLOW_STEP"
 HANG_SECONDS: Final = "OTEL_NPU_HANG_SECONDS"
 LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
+STAGES: Final = "OTEL_NPU_STAGES"
 QUEUE_BYTES: Final = "OTEL_NPU_QUEUE_BYTES"
 SESSION: Final = "OTEL_NPU_SESSION"
 
@@ -34,6 +35,14 @@ _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
 class SettingsError(ValueError):
     """A variable, or a field of `Settings`, holds what it does not take; the message says which, and what it takes."""
+
+
+class NamedStage(NamedTuple):
+    """A function that is to be a stage of this name: a global one or `Class.method`, by module and qualified name."""
+
+    module: str
+    qualname: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Settings:
         slow_step: A step that takes so many times as long as is usual for its kind is kept too; `math.inf` none.
         hang_seconds: After how many seconds a stage is reported as unfinished; `math.inf` never.
         log_stages: Whether each resolved step is logged as one line.
+        stages: Functions that are stages although nothing in their code says so.
         queue_bytes: How many bytes of spans the relay holds at most while their receiver takes none.
         root_traces: Whether steps outside of any sampled trace may begin traces of their own.
         environment: Standard `OTEL_*` variables for the exporter, in the place of this process's own.
@@ -66,6 +76,7 @@ class Settings:
     slow_step: float = 3.0
     hang_seconds: float = 30.0
     log_stages: bool = False
+    stages: tuple[NamedStage, ...] = ()
     queue_bytes: int = 64_000_000
     root_traces: bool = True
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold credentials
@@ -105,6 +116,7 @@ class Settings:
             slow_step=math.inf if off else read(SLOW_STEP, _factor, default=cls.slow_step),
             hang_seconds=read(HANG_SECONDS, _seconds, default=cls.hang_seconds),
             log_stages=read(LOG_STAGES, _flag, default=cls.log_stages),
+            stages=read(STAGES, _stages, default=cls.stages),
             queue_bytes=read(QUEUE_BYTES, _bytes, default=cls.queue_bytes),
             root_traces=not off and sampler != "parentbased_always_off",
         )
@@ -117,7 +129,7 @@ def sdk_disabled(environment: Mapping[str, str] | None = None) -> bool:
 
 VARIABLES: Final = (
     *(ENABLED, ENABLED_ALIAS, DEVICE, EXPORT, REQUEST_SPANS, STEPS_PER_SECOND, SLOW_STEP, HANG_SECONDS, LOG_STAGES),
-    *(QUEUE_BYTES, SESSION),
+    *(STAGES, QUEUE_BYTES, SESSION),
 )
 
 
@@ -200,6 +212,25 @@ def _words(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+_STAGES_TAKES: Final = "module:function=name, or module:Class.method=name; several are separated by commas"
+_STAGE: Final = re.compile(r"(?P<module>[^:=]+):(?P<qualname>[^:=]+)=(?P<name>[^=]{1,128})")
+
+
+def _stages(variable: str, value: str) -> tuple[NamedStage, ...]:
+    stages = []
+    for entry in value.split(","):
+        match = _STAGE.fullmatch(entry.strip())
+        stage = None if match is None else NamedStage(*(part.strip() for part in match.groups()))
+        if stage is None or not (_is_path(stage.module) and _is_path(stage.qualname) and stage.name.isprintable()):
+            raise _error(variable, value, _STAGES_TAKES)
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _is_path(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
 def _one_of(*words: str) -> Callable[[str, str], str]:
     def parse(variable: str, value: str) -> str:
         if value.lower() not in words:
@@ -236,6 +267,13 @@ def _is_environment(value: object) -> bool:
 
 
 # What each field takes, in words that a program's author understands: no variable need have been set.
+def _are_named_stages(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(stage, NamedStage) and _is_path(stage.module) and _is_path(stage.qualname) and bool(stage.name)
+        for stage in value
+    )
+
+
 _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     **dict.fromkeys(("enabled", "log_stages", "root_traces"), (_is_flag, "True or False")),
     "device": (_is_device, _DEVICE_TAKES),
@@ -257,5 +295,6 @@ _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
         lambda value: _is_number(value) and value >= _LEAST_QUEUE_BYTES,
         _QUEUE_TAKES,
     ),
+    "stages": (_are_named_stages, "a tuple of NamedStage(module, qualname, name)"),
     "environment": (_is_environment, "a mapping of variables to their values, both text"),
 }

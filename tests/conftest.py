@@ -58,7 +58,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no hook was installed; what the test installs ends with it."""
-    from otel_npu.vllm import hooks
+    from otel_npu import hooks
 
     monkeypatch.setattr(hooks, "_finder", hooks._Finder())
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

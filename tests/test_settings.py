@@ -10,7 +10,7 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import switch
-from otel_npu.settings import Settings, SettingsError
+from otel_npu.settings import NamedStage, Settings, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,7 @@ FLAG = "1 or 0 (also true, yes, on; false, no, off)"
 RATE = "a number of steps a second, 0 or more, or 'all'"
 FACTOR = "how many times the usual, a number above 1, or 'off'"
 BYTES = "a whole number of bytes, 1000000 or more"
+STAGES = "module:function=name, or module:Class.method=name; several are separated by commas"
 SECONDS = "a number of seconds above 0, or 'never'"
 DEVICE = "auto, npu, cpu, simulated or a torch device type such as cuda"
 BAD = [
@@ -41,6 +42,21 @@ BAD = [
     ("OTEL_NPU_HANG_SECONDS", "soon", SECONDS),
     ("OTEL_NPU_HANG_SECONDS", "nan", SECONDS),
     ("OTEL_NPU_LOG_STAGES", "all", FLAG),
+    *(
+        ("OTEL_NPU_STAGES", value, STAGES)
+        for value in (
+            "model",
+            "model:f",
+            "model=f",
+            "model:f=",
+            ":f=x",
+            "a:b=c,",
+            "a:b:c=d",
+            "a b:c=d",
+            "a.:b=c",
+            "a:b=c=d",
+        )
+    ),
 ]
 
 
@@ -57,6 +73,13 @@ def test_without_any_variable_tracing_is_off_and_the_defaults_hold() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "field", "expected"),
     [
+        ("OTEL_NPU_STAGES", "a.b:f=moe dispatch", "stages", (NamedStage("a.b", "f", "moe dispatch"),)),
+        (
+            "OTEL_NPU_STAGES",
+            " a:C.f = x , b_2:g=y",
+            "stages",
+            (NamedStage("a", "C.f", "x"), NamedStage("b_2", "g", "y")),
+        ),
         ("OTEL_NPU_ENABLED", "1", "enabled", True),
         ("OTEL_NPU_ENABLED", "true", "enabled", True),
         ("OTEL_NPU_ENABLED", " Yes ", "enabled", True),

@@ -42,7 +42,11 @@ def again(name: str, attributes: dict[str, Any]) -> Any:
 
 def decorate(function: _F, name: str, attributes: dict[str, Any]) -> _F:
     """The function with each call inside a new stage; of a generator the whole of its iteration."""
-    new_stage = functools.partial(again, name, attributes)
+    return decorate_with(function, functools.partial(again, name, attributes))
+
+
+def decorate_with(function: _F, new_stage: Callable[[], Any]) -> _F:
+    """The same with what this makes as the stage of each call."""
     if inspect.isasyncgenfunction(function):
         return cast("_F", _async_generator(function, new_stage))
     if inspect.iscoroutinefunction(function):

@@ -215,6 +215,10 @@ def _begin(settings: Settings | None, device: Device | None) -> Recorder | None:
         return None
     if settings.log_stages:
         _make_visible()
+    if settings.stages:
+        from otel_npu import named_stages
+
+        named_stages.install(settings.stages)
     _close_at_exit()
     return recorder
 

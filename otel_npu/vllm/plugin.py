@@ -7,10 +7,10 @@ import logging
 import os
 from typing import Final
 
-from otel_npu import announce
+from otel_npu import announce, hooks, named_stages
+from otel_npu.hooks import Hook
 from otel_npu.settings import SettingsError
-from otel_npu.vllm import engine, front_end, hooks, tracing, worker
-from otel_npu.vllm.hooks import Hook
+from otel_npu.vllm import engine, front_end, tracing, worker
 from otel_npu.wire import rendezvous
 
 _log = logging.getLogger("otel_npu")
@@ -173,6 +173,8 @@ def register() -> None:
         rendezvous.session_id()  # now, so that every process that is started from here has it
     _pass_on_to_ray_workers()
     hooks.install(HOOKS)
+    if settings.stages:
+        named_stages.install(settings.stages, worker.scope)
 
 
 def _pass_on_to_ray_workers() -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from otel_npu import hooks
 from otel_npu.cli.doctor import accelerator, apart, settings, sources
 from otel_npu.cli.doctor.apart import Area
 from otel_npu.cli.doctor.findings import Finding, Status
+from otel_npu.hooks import Hook
 from otel_npu.secrets import masked
-from otel_npu.vllm import hooks
-from otel_npu.vllm.hooks import Hook
 from otel_npu.vllm.plugin import HOOKS
 from tests.helpers.ascend.build import BuildError, build
 from tests.helpers.doctored import (

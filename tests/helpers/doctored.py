@@ -17,7 +17,7 @@ from tests.helpers import REPOSITORY
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from otel_npu.vllm.hooks import Hook
+    from otel_npu.hooks import Hook
 
 # What a test is not about is not looked at: torch takes seconds to import, and a receiver has to be there.
 QUICK: Final = {"OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"}

@@ -93,7 +93,7 @@ from vllm import LLM, SamplingParams
 import vllm.v1.core.sched.scheduler, vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
 import vllm.v1.worker.cpu_model_runner, vllm.model_executor.models.llama
 from otel_npu.vllm.plugin import HOOKS
-from otel_npu.vllm import hooks
+from otel_npu import hooks
 
 def break_target(hook):
     *owners, name = hook.target.split(".")

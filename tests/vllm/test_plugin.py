@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_npu.vllm import hooks, plugin, tracing
+from otel_npu import hooks
+from otel_npu.vllm import plugin, tracing
 
 if TYPE_CHECKING:
     import subprocess

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from otel_npu.vllm import hooks, stages, worker
+from otel_npu import hooks
+from otel_npu.vllm import stages, worker
 from otel_npu.vllm.plugin import HOOKS
 from tests.helpers import REPOSITORY, wheels
 from tests.helpers.capturing import MILLISECOND, capturing

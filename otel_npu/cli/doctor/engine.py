@@ -6,9 +6,9 @@ import os
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
 
+from otel_npu import hooks
 from otel_npu.cli.doctor import sources
 from otel_npu.cli.doctor.findings import Finding, failed, not_applicable, ok, warning
-from otel_npu.vllm import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,12 +8,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from otel_npu.vllm import hooks
+from otel_npu import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from otel_npu.vllm.hooks import Hook
+    from otel_npu.hooks import Hook
 
 _FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
 _MAX_HOPS: Final = 20  # an import may lead back to where it came from

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_npu.vllm import hooks
-from otel_npu.vllm.hooks import Hook
+from otel_npu import hooks
+from otel_npu.hooks import Hook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

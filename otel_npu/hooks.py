@@ -92,8 +92,8 @@ def check(hook: Hook) -> str | None:
     except AttributeError:
         return "is not there"
     function = target.__func__ if isinstance(target, (classmethod, staticmethod)) else target
-    if not callable(function):
-        return "can't be called"
+    if not callable(function) or inspect.isclass(function):
+        return "is a class" if callable(function) else "can't be called"
     if hook.parameters:
         try:
             known = inspect.signature(function).parameters
