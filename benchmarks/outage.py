@@ -1,4 +1,4 @@
-"""What an outage of the receiver costs: spans lost, seconds until they come again, memory of the relay.
+"""What an outage of the receiver costs: spans lost, seconds until they come again, memory and time of the relay.
 
     python -m benchmarks.outage --seconds 60                     the receiver is down
     python -m benchmarks.outage --seconds 60 --throttled 30      it answers RESOURCE_EXHAUSTED, with RetryInfo
@@ -68,7 +68,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.ids: set[bytes] = set()
         self.dropped: dict[str, int] = {}
-        self.last_arrival = self.first_arrival = 0.0
+        self.first_arrival = 0.0
         self.retry_seconds: float | None = None
         self._lock = threading.Lock()
         self.port = 0
@@ -94,8 +94,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
             context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "slow down")
         with self._lock:
-            self.last_arrival = time.monotonic()
-            self.first_arrival = self.first_arrival or self.last_arrival
+            self.first_arrival = self.first_arrival or time.monotonic()
             for resource_spans in request.resource_spans:
                 for scope_spans in resource_spans.scope_spans:
                     for span in scope_spans.spans:
@@ -110,8 +109,28 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
                 self.dropped[pair.key] = self.dropped.get(pair.key, 0) + pair.value.int_value
 
 
-def resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+class Watch(threading.Thread):
+    """Looks at a process until it ends: how much memory it has at most, and how long it runs."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._process = Path(f"/proc/{pid}")
+        self.first_mb = self.most_mb = self.cpu_seconds = 0.0
+        self.start()
+
+    def run(self) -> None:
+        """Look."""
+        while True:
+            try:
+                pages = int((self._process / "statm").read_text().split()[1])
+                times = (self._process / "stat").read_text().rpartition(")")[2].split()[11:13]
+            except (OSError, IndexError):
+                return
+            megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            self.first_mb = self.first_mb or megabytes
+            self.most_mb = max(self.most_mb, megabytes)
+            self.cpu_seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+            time.sleep(0.1)
 
 
 def main() -> None:
@@ -137,30 +156,26 @@ def main() -> None:
     assert program.stdout is not None
     time.sleep(BEFORE_SECONDS)
     [relay] = relays(folder)
-    memory = [resident_mb(relay)]
+    watch = Watch(relay)
     if chosen.throttled is None:
         receiver.stop()
     receiver.retry_seconds = chosen.throttled
-    end = time.monotonic() + chosen.seconds
-    while time.monotonic() < end:
-        memory.append(resident_mb(relay))
-        time.sleep(0.2)
+    time.sleep(chosen.seconds)
     receiver.first_arrival, receiver.retry_seconds = 0.0, None
     if chosen.throttled is None:
         receiver.start()
     back = time.monotonic()
-    caught_up = 0.0
     for line in program.stdout:
         print(line.rstrip())
         made = line.strip()
-        caught_up = caught_up or receiver.last_arrival
     program.wait()
-    memory.append(resident_mb(relay) if Path(f"/proc/{relay}").exists() else 0.0)
+    watch.join()
     lost = {reason: count for reason, count in receiver.dropped.items() if not reason.endswith("ping_unanswered")}
     missing = int(made) - len(receiver.ids)
     print(f"made {made} spans, arrived {len(receiver.ids)}, missing {missing}; counted: {lost or 'nothing'}")
     print(f"spans again {receiver.first_arrival - back:.1f} s after the receiver's return")
-    print(f"relay: {memory[0]:.0f} MB before, {max(memory):.0f} MB at most")
+    microseconds = watch.cpu_seconds / int(made) * 1e6
+    print(f"relay: {watch.first_mb:.0f} MB before, {watch.most_mb:.0f} MB at most, {microseconds:.0f} us a span")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ _LATER_CODES: Final = frozenset(
 )
 _SIZE_CODES: Final = frozenset({"RESOURCE_EXHAUSTED", "OUT_OF_RANGE"})
 _OF_SIZE: Final = re.compile(r"larger than|too large|message size|length.*limit", re.IGNORECASE)
+_PREAMBLE: Final = re.compile(r"failed to connect to all addresses; last error: (UNKNOWN: )?")
 _COMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 _OK, _REDIRECTED, _BAD_REQUEST, _REQUEST_TIMEOUT, _TOO_LARGE = 200, 300, 400, 408, 413
 _THROTTLED, _SERVER_ERROR, _NOT_IMPLEMENTED = 429, 500, 501
@@ -176,7 +177,7 @@ def _taken(answer: bytes) -> Taken:
 
 
 def _grpc_outcome(code: str, details: str, trailer: dict[str, str | bytes]) -> Outcome:
-    error = f"{code}: {_message(details)}"
+    error = f"{code}: {_message(_PREAMBLE.sub('', details))}"
     if code in _SIZE_CODES and _OF_SIZE.search(details):
         return TooLarge(error)
     if code in _LATER_CODES:
