@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import drops, semconv
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 
-    from otel_npu.relay.placing import Place
+    from otel_npu.relay.placing import Placed
     from otel_npu.relay.spans import SpanMaker
     from otel_npu.relay.wall import WallClock
     from otel_npu.wire.frames import Hello, Step, Unfinished
@@ -86,11 +86,12 @@ class Assembler:
         """
         self.timeline.learn(step)
         self.count_drops(step.dropped)
-        placed = self.timeline.place(step)
         idle_ns = self._bubbles.before(step) if step.rank >= 0 else None
-        ran = Ran(step, placed, *self._extent(step, placed), self._wall.offset_ns(), self._has_device, idle_ns)
+        place = partial(self._place, inside=self._inside.pop(step.span_id, None))
+        ran = Ran(step, place, self._wall.offset_ns(), has_device=self._has_device, idle_ns=idle_ns)
         if join is not None and step.rank >= 0 and step.parent_span_id:
             return join(ran)
+        self._tell_outer(ran)
         taken = self._keeping.take(ran)
         if not taken:
             return []
@@ -129,18 +130,23 @@ class Assembler:
         )
         return spans
 
-    def _extent(self, step: Step, placed: list[Place]) -> tuple[int, int]:
-        """From the first stage of a step to its last, those of steps inside it included: they have come before it."""
-        start_ns = min((place.start_ns for place in placed), default=step.opened_ns)
-        end_ns = max((place.end_ns for place in placed), default=step.closed_ns)
-        inside = self._inside.pop(step.span_id, (start_ns, end_ns))
-        extent = min(start_ns, inside[0]), max(end_ns, inside[1])
-        if step.parent_span_id and step.rank < 0:  # a rank's step is in no other of its process
-            beside = self._inside.get(step.parent_span_id, extent)
-            self._inside[step.parent_span_id] = min(extent[0], beside[0]), max(extent[1], beside[1])
+    def _place(self, step: Step, inside: tuple[int, int] | None) -> Placed:
+        """Where a step lies, what is inside it included: that has come before it."""
+        placed = self.timeline.place(step)
+        start_ns = min([place.start_ns for place in placed], default=step.opened_ns)
+        end_ns = max([place.end_ns for place in placed], default=step.closed_ns)
+        if inside is not None:
+            start_ns, end_ns = min(start_ns, inside[0]), max(end_ns, inside[1])
+        return placed, start_ns, end_ns
+
+    def _tell_outer(self, ran: Ran) -> None:
+        """The step around this one reaches as far; a rank's step is in no other of its process."""
+        outer = ran.step.parent_span_id
+        if outer and ran.step.rank < 0:
+            beside = self._inside.get(outer, (ran.start_ns, ran.end_ns))
+            self._inside[outer] = min(ran.start_ns, beside[0]), max(ran.end_ns, beside[1])
             if len(self._inside) > _MAX_OUTER:  # most parents are the program's own spans
                 del self._inside[next(iter(self._inside))]
-        return extent
 
     def unfinished(self, frame: Unfinished) -> ReadableSpan:
         """The span of a stage that hangs: it ends now, and says that it is not over. Its step is kept if it ends."""

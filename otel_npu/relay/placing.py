@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from otel_npu.relay.clock import DeviceClock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from otel_npu.relay.clock import Placement
     from otel_npu.wire.frames import Ping, Stage, Step
 
@@ -19,21 +21,54 @@ class Place(NamedTuple):
     uncertainty_ns: int | None
 
 
-class Ran(NamedTuple):
-    """A step that ran, and where it did on the host's monotonic clock, in nanoseconds."""
+class Ran:
+    """A step that ran, and where it did on the host's monotonic clock, in nanoseconds.
 
-    step: Step
+    Attributes:
+        step: The step.
+        placed: Where its stages lie.
+        start_ns: Where it starts, what is inside it included.
+        end_ns: Where that ends.
+        unix_ns: Unix time minus monotonic time, as the step's own spans have it.
+        has_device: Whether its process has a device beside the host: then a stage that the host timed is an exception.
+        idle_ns: How long the device had nothing of the step before and not yet of this one; None where that can't be
+            told.
+    """
+
+    __slots__ = ("_place", "end_ns", "has_device", "idle_ns", "placed", "start_ns", "step", "unix_ns")
+
     placed: list[Place]
     start_ns: int
     end_ns: int
-    unix_ns: int
-    """Unix time minus monotonic time, as the step's own spans have it."""
-    has_device: bool
-    """Whether its process has a device beside the host: then a stage that the host timed is an exception."""
-    idle_ns: int | None = None
-    """How long the device had nothing of the step before and not yet of this one; None where that can't be told."""
+
+    def __init__(
+        self,
+        step: Step,
+        placed: Placed | Callable[[Step], Placed],
+        unix_ns: int,
+        *,
+        has_device: bool,
+        idle_ns: int | None = None,
+    ) -> None:
+        """Make one. Where it lies may be found out later: of most ranks' steps nobody asks."""
+        self.step = step
+        self.unix_ns = unix_ns
+        self.has_device = has_device
+        self.idle_ns = idle_ns
+        if callable(placed):
+            self._place = placed
+        else:
+            self.placed, self.start_ns, self.end_ns = placed
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("placed", "start_ns", "end_ns"):
+            raise AttributeError(name)
+        self.placed, self.start_ns, self.end_ns = self._place(self.step)
+        return getattr(self, name)
 
 
+Placed: TypeAlias = tuple[list[Place], int, int]
+"""Where stages lie, and from where to where the step does."""
 MAX_DEVICES: Final = 128
 _Group: TypeAlias = tuple[int, int, int, int]
 """A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
@@ -88,20 +123,29 @@ class Timeline:
 
     def learn(self, step: Step) -> None:
         """What the step's stages say about their devices' clocks: of each side's bounds the tightest will do."""
-        tightest: dict[int, tuple[int, int, int]] = {}
-        latest: dict[int, int] = {}
+        tightest: dict[
+            int, list[int]
+        ] = {}  # by device: the least that host minus device time can be, at which, the last
         for stage in step.stages:
-            if stage.device_ns is None:
+            first_ns = stage.device_ns
+            if first_ns is None:
                 continue
-            device, end_ns = stage.device_index, stage.device_ns + stage.duration_ns
-            latest[device] = max(latest.get(device, end_ns), end_ns)
-            for device_ns, host_ns in ((stage.device_ns, stage.entered_ns), (end_ns, stage.exited_ns)):
-                if device not in tightest or host_ns - device_ns > tightest[device][0]:
-                    tightest[device] = (host_ns - device_ns, device_ns, host_ns)
-        for device, (_, device_ns, host_ns) in tightest.items():
+            end_ns = first_ns + stage.duration_ns
+            least, at_ns = stage.entered_ns - first_ns, first_ns
+            if stage.exited_ns - end_ns > least:
+                least, at_ns = stage.exited_ns - end_ns, end_ns
+            known = tightest.get(stage.device_index)
+            if known is None:
+                tightest[stage.device_index] = [least, at_ns, end_ns]
+                continue
+            if least > known[0]:
+                known[0], known[1] = least, at_ns
+            if end_ns > known[2]:
+                known[2] = end_ns
+        for device, (least, at_ns, last_ns) in tightest.items():
             clock = self._clock(device)
-            clock.lower(device_ns, host_ns)
-            clock.upper(latest[device], step.seen_ns)
+            clock.lower(at_ns, at_ns + least)
+            clock.upper(last_ns, step.seen_ns)
 
     def place(self, step: Step) -> list[Place]:
         """Place each outermost stage by its middle; the stages inside keep their exact distances from it."""

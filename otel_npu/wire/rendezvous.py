@@ -171,7 +171,7 @@ def connect_or_start(path: Path, environment: Mapping[str, str] | None = None) -
         OSError: The socket can't be made or the relay can't be started.
     """
     place = _place_at(path)
-    if isinstance(place, socket.socket):
+    if not _listens(place):
         return Meeting(place)
     return _start([place], path, environment or {})
 
@@ -203,7 +203,7 @@ def meet(session: str, environment: Mapping[str, str] | None = None) -> Meeting:
         path, place = _first_place(session, complaints)
         if place is None and not listeners:
             place = _abstract_place(session, complaints)
-        if isinstance(place, socket.socket) and place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if place is not None and _listens(place):
             listeners.append(closing.enter_context(place))
         elif place is not None:
             return Meeting(place)
@@ -273,6 +273,10 @@ def _start(listeners: list[socket.socket], path: Path | None, environment: Mappi
         except BaseException:
             connection.close()
             raise
+
+
+def _listens(place: socket.socket) -> bool:
+    return bool(place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _abstract(session: str) -> str:

@@ -21,7 +21,7 @@ def run_of(rank: int, start_ns: int, uncertainty_ns: int | None = 10 * US, **of_
     """A rank's run whose forward starts there."""
     made = step(rank=rank, stages=[stage(name="prepare_input"), stage(name="forward", **of_stage)])
     places = [Place(0, 1, uncertainty_ns), Place(start_ns, start_ns + MS, uncertainty_ns)]
-    return Ran(made, places, 0, 1, 0, has_device=True)
+    return Ran(made, (places, 0, 1), 0, has_device=True)
 
 
 # Stragglers
@@ -133,7 +133,7 @@ def launched(exited_ns: int, duration_ns: int, uncertainty_ns: int | None = 10 *
     longest = stage(entered_ns=0, exited_ns=exited_ns, device_ns=0, duration_ns=duration_ns)
     short = stage(name="sample", entered_ns=0, exited_ns=0, device_ns=0, duration_ns=US)
     places = [Place(0, US, uncertainty_ns), Place(0, duration_ns, uncertainty_ns)]
-    return Ran(step(stages=[short, longest]), places, 0, duration_ns, 0, has_device=True)
+    return Ran(step(stages=[short, longest]), (places, 0, duration_ns), 0, has_device=True)
 
 
 def test_a_step_is_launch_bound_where_its_longest_stage_is_over_as_soon_as_it_is_launched() -> None:
@@ -146,5 +146,5 @@ def test_a_step_is_launch_bound_where_its_longest_stage_is_over_as_soon_as_it_is
 def test_whether_a_step_is_launch_bound_is_not_said_where_the_clock_is_not_that_sure() -> None:
     assert launch_bound(launched(10 * MS, 10 * MS, uncertainty_ns=MS + 1)) is None
     assert launch_bound(launched(10 * MS, 10 * MS, uncertainty_ns=None)) is None
-    host = Ran(step(stages=[stage(device_ns=None)]), [Place(0, MS, None)], 0, MS, 0, has_device=True)
+    host = Ran(step(stages=[stage(device_ns=None)]), ([Place(0, MS, None)], 0, MS), 0, has_device=True)
     assert launch_bound(host) is None
