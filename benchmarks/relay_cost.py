@@ -219,7 +219,7 @@ def _measured(serving: Serving, seconds: float) -> Iterator[str]:
     spans = RANKS * (len(STAGES) + 1) + 1
     us = 1e6
     yield f"idle, {RANKS} ranks that look at their clocks once a second: {idle:.2%} of a processor"
-    yield f"serving, {RANKS} ranks of {STEPS_A_SECOND} steps a second, {len(STAGES)} stages each: {busy:.1%} of a processor"
+    yield f"serving {RANKS} ranks, {STEPS_A_SECOND} steps a second, {len(STAGES)} stages: {busy:.1%} of a processor"
     yield f"({KEPT_A_SECOND} steps a second are kept; {REQUESTS} requests at once, each of {REQUEST_STEPS} steps)"
     yield f"a step of one rank: {bare / RANKS * us:.0f} us, so {bare / RANKS / len(STAGES) * us:.1f} us a stage"
     yield f"a span of one that is kept: {(kept - bare) / spans * us:.0f} us more"

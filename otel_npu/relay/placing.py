@@ -140,8 +140,7 @@ class Timeline:
                 continue
             if least > known[0]:
                 known[0], known[1] = least, at_ns
-            if end_ns > known[2]:
-                known[2] = end_ns
+            known[2] = max(known[2], end_ns)
         for device, (least, at_ns, last_ns) in tightest.items():
             clock = self._clock(device)
             clock.lower(at_ns, at_ns + least)

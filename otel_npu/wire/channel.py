@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import select
 import socket
 import threading
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from otel_npu.drops import Drops
+
+_log = logging.getLogger("otel_npu")
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 _FRAMES_PER_LOCK: Final = 16
@@ -42,6 +46,8 @@ class Channel:
         self._hello = hello
         self._drops = drops
         self._socket: socket.socket | None = None
+        self._inode = 0
+        """Of the socket: the program may close it under us, and its number then stand for something else."""
         self._greeted = False
         self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
@@ -65,6 +71,7 @@ class Channel:
         """Send into this connection from now on; what waits goes first."""
         with self._lock:
             self._socket = connection
+            self._inode = os.fstat(connection.fileno()).st_ino
             self._greeted = False
         self.drain()
 
@@ -107,6 +114,10 @@ class Channel:
         connection = self._socket
         if connection is None:
             return False
+        if not self._is_ours(connection):
+            _log.warning("the program has closed the descriptor of the connection to the relay: it is made anew")
+            self.close()
+            return True
         # Not by reading: an answer that came too late for its flush may lie there, and hide the end behind it.
         poll = select.poll()
         try:
@@ -135,14 +146,26 @@ class Channel:
         """Close the connection; what is in the socket still reaches the relay, what waits is kept."""
         with self._lock:
             connection, self._socket = self._socket, None
-        if connection is not None:
-            connection.close()
+        self._let_go_of(connection)
 
     def abandon(self) -> None:
         """In a forked child: close the parent's socket here, so that only the parent holds it open."""
         connection, self._socket = self._socket, None
-        if connection is not None:
+        self._let_go_of(connection)
+
+    def _let_go_of(self, connection: socket.socket | None) -> None:
+        if connection is None:
+            return
+        if self._is_ours(connection):
             connection.close()
+        else:
+            connection.detach()
+
+    def _is_ours(self, connection: socket.socket) -> bool:
+        try:
+            return os.fstat(connection.fileno()).st_ino == self._inode
+        except OSError:
+            return False
 
     def _drop(self, reason: str, counts: dict[str, int]) -> None:
         self._drops.add(reason)

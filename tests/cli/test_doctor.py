@@ -310,12 +310,11 @@ class TestTheRelay:
         folder.chmod(0o700)
         assert doctor({**QUICK, "XDG_RUNTIME_DIR": str(tmp_path)})["socket folder"]["status"] == "ok"
 
-    def test_a_socket_path_that_is_too_long(self, tmp_path: Path) -> None:
+    def test_a_path_longer_than_a_sockets_name_is_no_trouble(self, tmp_path: Path) -> None:
         deep = tmp_path / ("d" * 100)
         deep.mkdir()
         report = doctor({**QUICK, "XDG_RUNTIME_DIR": str(deep)})
-        assert report.code == 1
-        assert_red(report["relay"], "can't start", "XDG_RUNTIME_DIR to a folder with a shorter path")
+        assert report["relay"]["status"] == "ok"
 
     def test_a_relay_that_ends_as_soon_as_it_starts(self, tmp_path: Path) -> None:
         source = "import sys\nif 'otel_npu.relay' in sys.orig_argv:\n    sys.exit('no memory for you')\n"

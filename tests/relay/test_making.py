@@ -1,0 +1,128 @@
+"""Spans are made when there is time: what gives way are the traces of steps, and never without a count."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_npu import semconv
+from otel_npu.drops import Drops
+from otel_npu.relay import making as making_module
+from otel_npu.relay.client import Account
+from otel_npu.relay.making import Making, Unmade
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+
+class Export:
+    """Keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+
+    def put(self, spans: Sequence[ReadableSpan], _account: Account) -> None:
+        self.spans += spans
+
+
+class Made:
+    """A making, the exporter behind it, and what it counts."""
+
+    def __init__(self) -> None:
+        self.export: Any = Export()
+        self.drops = Drops()
+        self.account = Account()
+        self.making = Making(lambda: self.export, self.drops)
+
+    def put(self, *names: str, gives_way: int = 0) -> None:
+        spans: Any = names
+        self.making.put(Unmade(lambda: spans, gives_way=gives_way), self.account)
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made()
+
+
+def test_nothing_is_made_before_there_is_time(made: Made) -> None:
+    made.making.load()
+    made.put("a")
+    assert made.making.waiting
+    assert made.export.spans == []
+    made.making.some(1.0)
+    assert made.export.spans == ["a"]
+    assert not made.making.waiting
+
+
+def test_what_comes_before_the_exporter_is_there_waits_for_it(made: Made) -> None:
+    made.put("a")
+    made.making.some(1.0)
+    assert not made.making.waiting  # nothing could be made
+    exporter: Any = made.making.all()
+    assert exporter is made.export
+    assert made.export.spans == ["a"]
+
+
+def test_the_exporter_is_made_beside_what_else_is_done(made: Made) -> None:
+    loading, loaded = threading.Event(), threading.Event()
+
+    def load() -> Any:
+        loading.set()
+        assert loaded.wait(30)
+        return made.export
+
+    making = Making(load, made.drops)
+    making.load_beside()
+    assert loading.wait(30)
+    assert making.export is None
+    loaded.set()
+    assert making.all() is made.export
+
+
+def test_where_no_thread_can_be_started_it_is_made_all_the_same(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    made.making.load_beside()
+    assert made.making.export is made.export
+
+
+def test_requests_go_before_the_traces_of_steps(made: Made) -> None:
+    made.put("step", gives_way=1)
+    made.put("request")
+    made.making.all()
+    assert made.export.spans == ["request", "step"]
+
+
+def test_the_oldest_traces_give_way_and_requests_never(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making_module, "MAX_TRACE_SPANS", 4)
+    made.put("request")
+    for number in range(5):
+        made.put(f"step {number}", f"stage {number}", gives_way=2)
+    made.making.all()
+    assert made.export.spans == ["request", "step 3", "stage 3", "step 4", "stage 4"]
+    assert made.drops.take_unsent() == {semconv.RELAY_BUSY: 3}
+    assert made.account.lost == 6
+
+
+def test_spans_that_can_not_be_made_cost_no_others(made: Made) -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    made.making.put(Unmade(fail), made.account)
+    made.put("a")
+    made.making.all()
+    assert made.export.spans == ["a"]
+    assert made.drops.take_unsent() == {semconv.INTERNAL_ERROR: 1}
+    assert made.account.lost == 1
+
+
+def test_they_are_made_once(made: Made) -> None:
+    calls: list[int] = []
+    spans = Unmade(lambda: calls.append(1) or [])  # type: ignore[func-returns-value]
+    assert (list(spans), len(spans), calls) == ([], 0, [1])

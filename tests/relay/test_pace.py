@@ -1,0 +1,32 @@
+"""How often the relay looks: rarely, unless much comes, and not at all where nothing does."""
+
+from __future__ import annotations
+
+from otel_npu.relay.pace import LONGEST_SECONDS, PACKETS_A_LOOK, SHORTEST_SECONDS, Pace
+
+
+def test_where_nothing_comes_it_waits_to_be_woken() -> None:
+    assert Pace().pause(0) is None
+
+
+def test_after_a_packet_it_looks_a_few_times_more_and_then_waits() -> None:
+    pace = Pace()
+    pace.pause(1)
+    pauses = [pace.pause(0) for _ in range(5)]
+    assert pauses[:3] == [LONGEST_SECONDS] * 3
+    assert pauses[3:] == [None, None]
+
+
+def test_a_look_finds_about_as_many_packets_however_many_come() -> None:
+    for a_second in (200, 1000):
+        pace = Pace()
+        seconds = pace.pause(1) or 0.0
+        for _ in range(20):
+            seconds = pace.pause(max(1, round(a_second * seconds))) or 0.0
+        assert 0.5 < a_second * seconds / PACKETS_A_LOOK < 2
+
+
+def test_it_looks_neither_all_the_time_nor_too_late() -> None:
+    pace = Pace()
+    assert [pace.pause(100_000) for _ in range(5)][-1] == SHORTEST_SECONDS
+    assert [pace.pause(1) for _ in range(20)][-1] == LONGEST_SECONDS
