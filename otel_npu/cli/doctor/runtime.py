@@ -111,9 +111,7 @@ def _expect_answer(connection: socket.socket) -> None:
 
 
 def _cure(error: Exception) -> str:
-    if "AF_UNIX" in str(error):
-        cure = "set XDG_RUNTIME_DIR to a folder with a shorter path: a socket's path holds 107 bytes"
-    elif isinstance(error, OSError) and error.errno:  # of the file system; else it is the relay's own
+    if isinstance(error, OSError) and error.errno:  # of the file system; else it is the relay's own
         cure = "set XDG_RUNTIME_DIR to a folder that this user can write to"
     else:
         cure = f"see what `{Path(sys.executable).name} -m otel_npu.relay` says"
