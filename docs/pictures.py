@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FOLDER: Final = Path(__file__).with_name("pictures")
 _COLUMNS, _ROWS = 96, 24
 _WIDTH, _HEADER, _ROW = 1240, 92, 28  # of Jaeger's page, in pixels
+_SCALE, _LEAST_HEIGHT = 1.5, 500
 _STEP_MS: Final = 10  # of a device that the picture's server has not
 _LLM_REQUEST: Final = "llm_request"
 _CONFIG: Final = {"criticalPathEnabled": False}
@@ -101,7 +102,7 @@ def draw(file: Path, jaeger_ui: Path) -> None:
     """The request as vLLM shows it alone, and with otel-npu, both as Jaeger's page draws them."""
     spans = json.loads(file.read_text())
     alone = [span for span in spans if span["name"] == _LLM_REQUEST]
-    for name, shown in (("vllm-alone", alone), ("vllm-with-otel-npu", spans)):
+    for name, shown in (("vllm-alone", alone), ("vllm-with-stages", spans)):
         _screenshot(jaeger_ui, _as_jaeger(shown), FOLDER / f"{name}.png", _HEADER + _ROW * len(shown))
 
 
@@ -133,6 +134,8 @@ def _as_jaeger(spans: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _screenshot(jaeger_ui: Path, trace: dict[str, Any], picture: Path, height: int) -> None:
+    from PIL import Image
+
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(_Page, trace, directory=str(jaeger_ui))
     )
@@ -143,11 +146,14 @@ def _screenshot(jaeger_ui: Path, trace: dict[str, Any], picture: Path, height: i
     url = f"http://127.0.0.1:{server.server_port}/trace/{trace_id}?{embedded}"
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        size = [f"--window-size={_WIDTH},{height}", "--force-device-scale-factor=1.5", "--virtual-time-budget=20000"]
+        window = f"--window-size={_WIDTH},{max(height, _LEAST_HEIGHT)}"
+        size = [window, f"--force-device-scale-factor={_SCALE}", "--virtual-time-budget=20000"]
         command = ["chromium", *options, *size, f"--screenshot={picture}", url]
         subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)  # noqa: S603
     server.shutdown()
     thread.join()
+    with Image.open(picture) as whole:
+        whole.crop((0, 0, whole.width, round(height * _SCALE))).quantize().save(picture, optimize=True)
 
 
 class _Page(http.server.SimpleHTTPRequestHandler):

@@ -18,7 +18,7 @@ from tests.helpers import REPOSITORY
 if TYPE_CHECKING:
     from tests.helpers.receiver import Receiver
 
-DOCUMENTS = ("README.md", "deploy/README.md")
+DOCUMENTS = ("README.md", "deploy/README.md", "docs/vllm.md", "docs/python.md", "docs/costs.md")
 _COMMAND = r"(?:[A-Z_]+=\S+ )*(?:export|make|pip|python|otel-npu|vllm serve|docker|kubectl)\b"
 _OTLP = "http://localhost:4317"
 
@@ -32,8 +32,8 @@ tokens = [1, 2, 3]
 
 ELSEWHERE = {
     "make test": "it runs this test",
-    "pip install otel-npu": "it is not published; `make demo` installs it from the checkout",
-    "export OTEL_NPU_ENABLED=1; vllm serve MODEL --otlp-traces-endpoint http://collector:4317": (
+    "pip install .": "test_package.py, into an environment of its own",
+    "export OTEL_NPU_ENABLED=1 OTEL_SERVICE_NAME=vllm; vllm serve MODEL --otlp-traces-endpoint http://collector:4317": (
         "test_vllm_examples.py, by the script that says it"
     ),
     "vllm serve MODEL --otlp-traces-endpoint http://localhost:4317": "the same",

@@ -9,7 +9,10 @@ import pytest
 from otel_npu import semconv, settings
 from tests.helpers import REPOSITORY
 
-DOCUMENTS = ["README.md", "CHANGELOG.md", "deploy/README.md", "docs/design.md", "docs/operations.md"]
+DOCUMENTS = [
+    *("README.md", "CHANGELOG.md", "deploy/README.md"),
+    *(str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "docs").glob("*.md"))),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -18,8 +21,8 @@ def test_every_attribute_that_a_document_names_is_a_convention(document: str) ->
     assert named <= {term.name for term in semconv.ATTRIBUTES}
 
 
-def test_the_readme_names_every_variable_of_ours_and_no_other() -> None:
-    named = set(re.findall(r"OTEL_NPU_[A-Z_]+", (REPOSITORY / "README.md").read_text()))
+def test_the_page_of_the_configuration_names_every_variable_of_ours_and_no_other() -> None:
+    named = set(re.findall(r"OTEL_NPU_[A-Z_]+\b(?<!_)", (REPOSITORY / "docs/configuration.md").read_text()))
     ours = {value for value in vars(settings).values() if isinstance(value, str) and value.startswith("OTEL_NPU_")}
     # The session is between the processes of a tree; deploy/README.md tells who has to set it by hand.
     assert named == ours - {settings.SESSION}
@@ -30,6 +33,18 @@ def test_the_readme_names_every_variable_of_ours_and_no_other() -> None:
 def test_a_document_names_no_variable_of_ours_that_there_is_not(document: str) -> None:
     named = set(re.findall(r"\bOTEL_NPU_[A-Z_]+", (REPOSITORY / document).read_text()))
     assert named <= set(map(str, vars(settings).values()))
+
+
+def test_the_readme_links_to_every_page() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    pages = [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "deploy").glob("*.md")]
+    assert [str(page) for page in pages if f"({page.relative_to(REPOSITORY)})" not in text] == []
+
+
+def test_the_readme_takes_a_minute() -> None:
+    text = re.sub(r"```.*?```", "", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith(("    ", "|", "!["))]
+    assert len(" ".join(prose).split()) < 600
 
 
 def test_every_file_the_documents_link_to_exists() -> None:

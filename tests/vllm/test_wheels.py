@@ -77,7 +77,7 @@ def runner_methods(of: wheels.Wheel) -> set[str]:
 
 def test_the_readme_names_the_versions_of_vllm_ascend() -> None:
     named = ", ".join(version for distribution, version in VERSIONS if distribution == "vllm-ascend")
-    assert f"| vllm-ascend | {named}:" in (REPOSITORY / "README.md").read_text()
+    assert f"| vllm-ascend | {named}:" in (REPOSITORY / "docs/vllm.md").read_text()
 
 
 @every_version
