@@ -3,7 +3,7 @@
     python -m benchmarks.outage --seconds 60                     the receiver is down
     python -m benchmarks.outage --seconds 60 --throttled 30      it answers RESOURCE_EXHAUSTED, with RetryInfo
     python -m benchmarks.outage --seconds 60 --links 1000        every step links to a thousand requests
-    python -m benchmarks.outage --seconds 60 --rate 5000         more than fits
+    python -m benchmarks.outage --seconds 60 --rate 5000 --queue-bytes 2000000         more than fits
 
 A program makes steps of five stages at an even rate, all of them kept. At the end every span has to be either at the
 receiver, once or more often, or in a count of the spans that arrived.
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="how long the outage is")
     parser.add_argument("--rate", type=float, default=1200, help="spans a second")
     parser.add_argument("--links", type=int, default=0, help="requests that each step is linked to")
+    parser.add_argument("--queue-bytes", default="64000000", help="OTEL_NPU_QUEUE_BYTES")
     parser.add_argument("--throttled", type=float, help="the receiver answers, and asks to come again after so long")
     chosen = parser.parse_args()
     receiver = Receiver()

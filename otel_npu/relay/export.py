@@ -96,7 +96,7 @@ class ExportQueue:
         """
         with self._changed:
             if account.handled < accepted:
-                self._hurry()
+                self._hurry(account)
                 return None
             lost, account.lost = account.lost, 0
             return not lost
@@ -104,7 +104,7 @@ class ExportQueue:
     def flush(self, account: Account, accepted: int, timeout_seconds: float) -> bool:
         """Export a client's first so many spans; whether that was in time and nothing lost since its last flush."""
         with self._changed:
-            self._hurry()
+            self._hurry(account)
             in_time = self._changed.wait_for(lambda: account.handled >= accepted, timeout_seconds)
             lost, account.lost = account.lost, 0
             return in_time and not lost
@@ -112,7 +112,7 @@ class ExportQueue:
     def wait(self, timeout_seconds: float) -> bool:
         """Export what is queued, for so long at most; whether all of it is dealt with."""
         with self._changed:
-            self._hurry()
+            self._hurry(None)
             return self._changed.wait_for(lambda: not any(one.holds for one in self._destinations), timeout_seconds)
 
     def close(self, timeout_seconds: float) -> None:
@@ -161,9 +161,10 @@ class ExportQueue:
         )
         return max(_LEAST_BATCH_BYTES, min(most, _MAX_BATCH_BYTES))
 
-    def _hurry(self) -> None:
-        """Somebody waits."""
-        self._seal()
+    def _hurry(self, account: Account | None) -> None:
+        """Somebody waits, for the spans of one client or for all."""
+        if account is None or self._open in account.batches:
+            self._seal()
         for destination in self._destinations:
             destination.hurry()
         self._changed.notify_all()

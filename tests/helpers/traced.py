@@ -196,8 +196,9 @@ class Programs:
 
     @property
     def log(self) -> str:
-        """What the programs and their relays have logged."""
-        return self.log_path.read_text()
+        """What the programs and their relays have logged, but for the line that says that tracing is on."""
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if " otel-npu is on: " not in line)
 
     @property
     def sockets(self) -> list[Path]:

@@ -402,6 +402,20 @@ def test_a_flush_waits_for_what_is_tried_again_though_later_spans_have_arrived(s
     assert eventually(lambda: bench.queue.outcome(bench.account, accepted), "the first is taken")
 
 
+def test_who_asks_again_and_again_whether_all_is_exported_does_not_cut_the_batches_of_others(sender: Sender) -> None:
+    bench, other = Bench(sender), Account()
+    sender.released.clear()
+    bench.put(*spans("asked for"))
+    assert bench.queue.outcome(bench.account, bench.account.accepted) is None
+    for number in range(50):
+        bench.queue.put(spans(str(number)), other)
+        assert bench.queue.outcome(bench.account, bench.account.accepted) is None
+    sender.released.set()
+    assert bench.flush()
+    assert bench.queue.flush(other, other.accepted, PATIENCE_SECONDS)
+    assert [len(request) for request in sender.requests] == [1, 50]
+
+
 # The end
 
 
