@@ -37,9 +37,16 @@ def page() -> str:
             "",
             *_table("attribute", semconv.ATTRIBUTES, units=True),
             "",
+            "## Metrics",
+            "",
+            "Of every step, kept as a trace or not. Their resource is the service; its instance is the relay's. An",
+            "attribute stands on a point where it is known. Buckets of times reach from 10 us to 10 s.",
+            "",
+            *_metrics(),
+            "",
             "## Reasons for what was left out",
             "",
-            f"Counted in `{semconv.DROPPED_PREFIX}<reason>`.",
+            f"Counted in `{semconv.DROPPED_PREFIX}<reason>` and in the metric `{semconv.DROPS.name}`.",
             "",
             *_table("reason", semconv.DROP_REASONS, units=True),
             "",
@@ -58,6 +65,21 @@ def _table(what: str, terms: Iterable[semconv.Term], *, units: bool = False) -> 
     rows = [[what, "unit", "meaning"]]
     rows += [[f"`{term.name}`", f"`{term.unit}`" if term.unit else "", _escaped(term.meaning)] for term in terms]
     return _lines(rows if units else [[name, meaning] for name, _unit, meaning in rows])
+
+
+def _metrics() -> list[str]:
+    rows = [["metric", "instrument", "unit", "meaning", "attributes"]]
+    rows += [
+        [
+            f"`{metric.name}`",
+            metric.kind,
+            f"`{metric.unit}`",
+            _escaped(metric.meaning),
+            ", ".join(f"`{name}`" for name in metric.attributes),
+        ]
+        for metric in semconv.METRICS
+    ]
+    return _lines(rows)
 
 
 def _stages() -> list[str]:

@@ -29,6 +29,7 @@ class Drops:
         self._unlogged: dict[str, int] = {}
         self.lost = 0
         """How much of what was captured did not reach the relay."""
+        self._totals: dict[str, int] = {}
 
     def add(self, reason: str, count: int = 1) -> None:
         """Count something that was left out."""
@@ -37,6 +38,7 @@ class Drops:
             self._unlogged[reason] = self._unlogged.get(reason, 0) + count
             if reason in _LOST:
                 self.lost += count
+            self._totals[reason] = self._totals.get(reason, 0) + count
 
     def put_back(self, counts: dict[str, int]) -> None:
         """What was taken to be sent did not arrive: it goes with the next frame."""
@@ -50,6 +52,11 @@ class Drops:
         with self._lock:
             counts, self._unsent = self._unsent, {}
         return counts
+
+    def totals(self) -> dict[str, int]:
+        """All that was ever counted here."""
+        with self._lock:
+            return dict(self._totals)
 
     def take_line(self) -> str:
         """The counts since the last call as one line for the log; empty when there are none."""

@@ -1,4 +1,4 @@
-"""Every name that leaves this project in a span: one place, each with its unit and meaning.
+"""Every name that leaves this project in a span or a metric: one place, each with its unit and meaning.
 
 Keys of our own stand under `npu.`; the rest are OpenTelemetry's own conventions.
 """
@@ -17,6 +17,20 @@ class Term(NamedTuple):
     name: str
     unit: str
     meaning: str
+
+
+class Metric(NamedTuple):
+    """A metric: what kind of instrument it is, its unit (UCUM), what it means, and the attributes of its points.
+
+    `bounds` are a histogram's buckets, in nanoseconds where the unit is seconds, as whole numbers elsewhere.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+    attributes: tuple[str, ...] = ()
+    bounds: tuple[int, ...] = ()
 
 
 def seconds(nanoseconds: float) -> float:
@@ -258,7 +272,7 @@ ATTRIBUTES: Final = (
     Term(PP_RANK, "", "The worker's pipeline-parallel rank: its stage of the pipeline."),
     Term(DP_RANK, "", "The engine's data-parallel rank."),
     Term(GRAPH_MODE, "", "How the step's forward ran: none (eager), piecewise or full; where it is known."),
-    Term(STAGE_NAME, "", "The stage that is unfinished."),
+    Term(STAGE_NAME, "", "The stage; on spans the one that is unfinished."),
     Term(RAW_NAME, "", "What the engine itself calls the stage, where that is another name."),
     Term(
         TIMING,
@@ -353,6 +367,7 @@ BAD_ATTRIBUTE: Final = "bad_attribute"
 ATTRIBUTE_TOO_LARGE: Final = "attribute_too_large"
 TOO_MANY_LINKS: Final = "too_many_links"
 BAD_LINK: Final = "bad_link"
+TOO_MANY_NAMES: Final = "too_many_names"
 TOO_MANY_SLOW: Final = "too_many_slow"
 TOO_MANY_HELD: Final = "too_many_held"
 BAD_FRAME: Final = "bad_frame"
@@ -387,6 +402,11 @@ DROP_REASONS: Final = (
     Term(ATTRIBUTE_TOO_LARGE, "{attribute}", "The largest attributes of a step that is too large for a packet."),
     Term(BAD_LINK, "{link}", "An entry of `requests` that is neither a traceparent nor a span context."),
     Term(TOO_MANY_LINKS, "{link}", "More requests than a step can be linked to."),
+    Term(
+        TOO_MANY_NAMES,
+        "{value}",
+        "Values of a metric whose stage name, or other text, was one too many: under `other`.",
+    ),
     Term(TOO_MANY_SLOW, "{step}", "Slow steps beyond the few a second that are kept for it. Their times are counted."),
     Term(
         TOO_MANY_HELD,
@@ -406,4 +426,171 @@ DROP_REASONS: Final = (
     Term(EXPORT_REJECTED, "{span}", "The receiver took the others and rejected these; the log has its message."),
     Term(NOT_ENCODABLE, "{span}", "Something in the span is not what OTLP takes."),
     Term(OTHER, "", "What a traced process counted under a reason that the relay does not know."),
+)
+
+# Metrics.
+COUNTER: Final = "counter"
+GAUGE: Final = "gauge"
+HISTOGRAM: Final = "histogram"
+
+DROP_REASON: Final = "npu.drop.reason"
+
+_SECONDS: Final = tuple(
+    number * 10**exponent for exponent in range(3, 10) for number in (10, 25, 50) if number * 10**exponent <= 10**10
+)
+"""From 10 us to 10 s."""
+_COUNTS: Final = tuple(2**exponent for exponent in range(17))
+
+_PROCESS: Final = (RANK, DP_RANK)
+_STAGE: Final = (STAGE_NAME, STEP_KIND, *_PROCESS, DEVICE_INDEX, TIMING, GRAPH_MODE)
+_STEP: Final = (STEP_KIND, *_PROCESS)
+
+STAGE_DURATION: Final = Metric(
+    "npu.stage.duration",
+    HISTOGRAM,
+    "s",
+    "How long a stage took on its stream, waits included; of a stage without device work how long the host took.",
+    _STAGE,
+    _SECONDS,
+)
+STAGE_HOST_TIME: Final = Metric(
+    "npu.stage.host_time",
+    COUNTER,
+    "s",
+    "How long the host took to launch the stages that the device timed. About as much as their duration: launch-bound.",
+    _STAGE,
+)
+STAGE_ENQUEUE_DELAY: Final = Metric(
+    ENQUEUE_DELAY,
+    HISTOGRAM,
+    "s",
+    "From the host's enqueueing of a stage to its start on the device.",
+    (STAGE_NAME, STEP_KIND, *_PROCESS, DEVICE_INDEX),
+    _SECONDS,
+)
+STEP_DURATION: Final = Metric(
+    "npu.step.duration",
+    HISTOGRAM,
+    "s",
+    "How long a rank's step took on the device, from the start of its first stage to the end of its last.",
+    (*_STEP, DEVICE_INDEX, TIMING, GRAPH_MODE),
+    _SECONDS,
+)
+DEVICE_STEP_TIME: Final = Metric(
+    "npu.device.step_time",
+    COUNTER,
+    "s",
+    "For how long the device had a step on it: its rate is how busy the stream was with steps.",
+    (*_PROCESS, DEVICE_INDEX),
+)
+IDLE: Final = Metric(
+    STEP_IDLE,
+    HISTOGRAM,
+    "s",
+    "For how long the device had nothing of the step before and not yet of this one: the bubble between them.",
+    (*_STEP, DEVICE_INDEX),
+    _SECONDS,
+)
+SKEW: Final = Metric(
+    "npu.rank.skew",
+    HISTOGRAM,
+    "s",
+    "By how much later than the first the last rank started its forward, where that exceeds the clocks' uncertainty.",
+    (STEP_KIND,),
+    _SECONDS,
+)
+STRAGGLES: Final = Metric(
+    "npu.rank.straggles", COUNTER, "{step}", "Steps in which the others had to wait for this rank.", _PROCESS
+)
+ENGINE_STEP_TOKENS: Final = Metric(
+    STEP_TOKENS, HISTOGRAM, "{token}", "How many tokens an engine scheduled for a step.", (STEP_KIND,), _COUNTS
+)
+ENGINE_STEP_REQUESTS: Final = Metric(
+    STEP_REQUESTS, HISTOGRAM, "{request}", "How many requests a step of an engine served.", (STEP_KIND,), _COUNTS
+)
+REQUEST_TIME: Final = Metric(
+    REQUEST_DEVICE_TIME,
+    HISTOGRAM,
+    "s",
+    "How long the steps of a sampled request took on the device, other requests in the same batches included.",
+    (REQUEST_FINISH_REASON,),
+    _SECONDS,
+)
+REQUEST_ATTRIBUTED_TIME: Final = Metric(
+    REQUEST_ATTRIBUTED_DEVICE_TIME,
+    HISTOGRAM,
+    "s",
+    "A sampled request's share of that, by scheduled tokens.",
+    (REQUEST_FINISH_REASON,),
+    _SECONDS,
+)
+HANGS: Final = Metric(
+    "npu.hangs",
+    COUNTER,
+    "{hang}",
+    "Stages that did not finish within OTEL_NPU_HANG_SECONDS.",
+    (STAGE_NAME, STEP_KIND, RANK, DEVICE_INDEX),
+)
+STEPS_CAPTURED: Final = Metric(
+    "npu.steps.captured",
+    COUNTER,
+    "{step}",
+    "Steps that a process has begun, by their numbers. Where more were captured than resolved, some are lost.",
+    _PROCESS,
+)
+STEPS_RESOLVED: Final = Metric("npu.steps.resolved", COUNTER, "{step}", "Steps whose times have arrived.", _PROCESS)
+STEPS_KEPT: Final = Metric(
+    "npu.steps.kept",
+    COUNTER,
+    "{step}",
+    "Steps of a rank that became traces, by why they did.",
+    (SAMPLED_REASON, *_PROCESS),
+)
+RESOLVER_LAG: Final = Metric(
+    "npu.resolver.lag",
+    HISTOGRAM,
+    "s",
+    "From the end of a step on the device until its process saw it.",
+    _PROCESS,
+    _SECONDS,
+)
+UNCERTAINTY: Final = Metric(
+    CLOCK_UNCERTAINTY,
+    GAUGE,
+    "s",
+    "The place of the last step on the wall clock is known to plus or minus this.",
+    (*_PROCESS, DEVICE_INDEX),
+)
+DROPS: Final = Metric("npu.drops", COUNTER, "{drop}", "What was left out, by reason; see DROP_REASONS.", (DROP_REASON,))
+SPANS_EXPORTED: Final = Metric("npu.relay.spans.exported", COUNTER, "{span}", "Spans that the receiver took.")
+QUEUE_SIZE: Final = Metric("npu.relay.queue.size", GAUGE, "By", "How much of spans waits to be exported.")
+QUEUE_LIMIT: Final = Metric("npu.relay.queue.limit", GAUGE, "By", "How much may wait.")
+RELAY_MEMORY: Final = Metric("npu.relay.memory.usage", GAUGE, "By", "Physical memory of the relay's process.")
+RELAY_CPU: Final = Metric("npu.relay.cpu.time", COUNTER, "s", "Processor time of the relay's process.")
+
+METRICS: Final = (
+    STAGE_DURATION,
+    STAGE_HOST_TIME,
+    STAGE_ENQUEUE_DELAY,
+    STEP_DURATION,
+    DEVICE_STEP_TIME,
+    IDLE,
+    SKEW,
+    STRAGGLES,
+    ENGINE_STEP_TOKENS,
+    ENGINE_STEP_REQUESTS,
+    REQUEST_TIME,
+    REQUEST_ATTRIBUTED_TIME,
+    HANGS,
+    STEPS_CAPTURED,
+    STEPS_RESOLVED,
+    STEPS_KEPT,
+    RESOLVER_LAG,
+    UNCERTAINTY,
+    DROPS,
+    SPANS_EXPORTED,
+    QUEUE_SIZE,
+    QUEUE_LIMIT,
+    RELAY_MEMORY,
+    RELAY_CPU,
 )

@@ -50,6 +50,10 @@ def _positive(value: str) -> bool:
     return _whole_number(value) and int(value) > 0
 
 
+def _port(value: str) -> bool:
+    return _whole_number(value) and int(value) < 1 << 16
+
+
 def _seconds(value: str) -> bool:
     return re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) is not None and float(value) > 0
 
@@ -78,12 +82,19 @@ def _exporters(value: str) -> bool:
 _SAMPLERS: Final = tuple(
     f"{parent}{name}" for parent in ("", "parentbased_") for name in ("always_on", "always_off", "traceidratio")
 )
-_OTLP: Final = "OTEL_EXPORTER_OTLP_(TRACES_)?"
+_OTLP: Final = "OTEL_EXPORTER_OTLP_(TRACES_|METRICS_)?"
 _STANDARD: Final[dict[str, tuple[str, Callable[[str], bool]]]] = {
     "OTEL_SDK_DISABLED": _one_of("true", "false"),
     "OTEL_TRACES_SAMPLER": _one_of(*_SAMPLERS),
     "OTEL_TRACES_SAMPLER_ARG": ("a number from 0 to 1", _ratio),
     "OTEL_TRACES_EXPORTER": ("otlp, none, or the name of an exporter that is installed", _exporters),
+    "OTEL_METRICS_EXEMPLAR_FILTER": _one_of("trace_based", "always_on", "always_off"),
+    "OTEL_METRIC_EXPORT_(INTERVAL|TIMEOUT)": ("a number of milliseconds above 0", _seconds),
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": _one_of("cumulative", "delta", "lowmemory"),
+    "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION": _one_of(
+        "explicit_bucket_histogram", "base2_exponential_bucket_histogram"
+    ),
+    "OTEL_EXPORTER_PROMETHEUS_PORT": ("a port, a whole number up to 65535", _port),
     "OTEL_RESOURCE_ATTRIBUTES": ("key=value pairs, separated by commas", _pairs),
     f"{_OTLP}ENDPOINT": ("a URL such as http://collector:4317", _endpoint),
     f"{_OTLP}PROTOCOL": ("grpc or http/protobuf", lambda value: value in ("grpc", "http/protobuf")),

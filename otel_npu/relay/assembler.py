@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 
+    from otel_npu.relay.metrics.counted import Counted
     from otel_npu.relay.placing import Placed
     from otel_npu.relay.spans import SpanMaker
     from otel_npu.relay.wall import WallClock
@@ -36,12 +37,19 @@ class Assembler:
         wall: The wall clock of this host.
         limits: Says how many attributes and links a span has at most; asked with the first span.
         slow: Says which of its steps are slow, where no engine does; without it none is.
+        counted: Told of all for the metrics, where there are any.
     """
 
     def __init__(
-        self, hello: Hello, wall: WallClock, limits: Callable[[], SpanLimits], slow: SlowSteps | None = None
+        self,
+        hello: Hello,
+        wall: WallClock,
+        limits: Callable[[], SpanLimits],
+        slow: SlowSteps | None = None,
+        counted: Counted | None = None,
     ) -> None:
         self._hello = hello
+        self.counted = counted
         self._limits = limits
         self._has_device = hello.device_kind not in ("", "cpu")
         self._wall = wall
@@ -89,6 +97,9 @@ class Assembler:
         idle_ns = self._bubbles.before(step) if step.rank >= 0 else None
         place = partial(self._place, inside=self._inside.pop(step.span_id, None))
         ran = Ran(step, place, self._wall.offset_ns(), has_device=self._has_device, idle_ns=idle_ns)
+        if self.counted is not None:
+            self.counted.drops(step.dropped)
+            self.counted.ran(ran)
         if join is not None and step.rank >= 0 and step.parent_span_id:
             return join(ran)
         self._tell_outer(ran)
@@ -105,6 +116,12 @@ class Assembler:
         return Unmade(lambda: self._spans(ran, reason, of_engine), gives_way=len(ran.step.stages) + 1)
 
     def _spans(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> list[ReadableSpan]:
+        spans = self._made(ran, reason, of_engine)
+        if self.counted is not None:
+            self.counted.kept(ran, spans, reason)
+        return spans
+
+    def _made(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None) -> list[ReadableSpan]:
         from otel_npu.relay.spans import span_context
 
         step, unix_ns, why = ran.step, ran.unix_ns, {semconv.SAMPLED_REASON: reason}

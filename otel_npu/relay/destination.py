@@ -193,6 +193,11 @@ class Destination:
         waits = self.waiting and not (self._end is not None and self._resume_at > self._end)
         return not (waits or self.under_way)
 
+    @property
+    def size(self) -> int:
+        """How many bytes wait."""
+        return self._size
+
     def give_up(self) -> None:
         """What is left is lost."""
         if self.holds:

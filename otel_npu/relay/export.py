@@ -58,7 +58,9 @@ class ExportQueue:
         self._delay = _number(environment, "OTEL_BSP_SCHEDULE_DELAY", 1000) / 1000
         most_spans = _number(environment, "OTEL_BSP_MAX_QUEUE_SIZE", sys.maxsize)
         self._max_batch = min(_number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), most_spans)
-        bounds = Bounds(_queue_bytes(environment) // max(1, len(exporters)), most_spans)
+        self._most_bytes = _queue_bytes(environment)
+        self._exported = 0
+        bounds = Bounds(self._most_bytes // max(1, len(exporters)), most_spans)
         self._destinations = [Destination(exporter, bounds) for exporter in exporters]
         self._keep = any(destination.takes_spans for destination in self._destinations)
         self._changed = threading.Condition()
@@ -100,6 +102,12 @@ class ExportQueue:
                 return None
             lost, account.lost = account.lost, 0
             return not lost
+
+    def fill(self) -> tuple[int, int, int]:
+        """How many bytes of spans wait, how many may, and how many spans were exported."""
+        with self._changed:
+            waiting = self._open.request.size + sum(destination.size for destination in self._destinations)
+        return waiting, self._most_bytes, self._exported
 
     def flush(self, account: Account, accepted: int, timeout_seconds: float) -> bool:
         """Export a client's first so many spans; whether that was in time and nothing lost since its last flush."""
@@ -183,6 +191,7 @@ class ExportQueue:
     def _settled(self, batch: Batch) -> None:
         """All exporters are done with this batch."""
         lost = sum(batch.lost.values())
+        self._exported += max(0, batch.count - lost)
         for reason, count in batch.lost.items():
             self._drops.add(reason, count)
         if lost >= batch.count:

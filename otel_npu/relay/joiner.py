@@ -90,6 +90,8 @@ class Joiner:
         """
         assembler = client.assembler
         if isinstance(frame, frames.RequestEnd):
+            if assembler.counted is not None:
+                assembler.counted.drops(frame.dropped)
             self._drops.put_back(frame.dropped)  # a front end has no step of its own to say it on
             self._front_end_done(frame)
             return
@@ -104,6 +106,8 @@ class Joiner:
             self._open(engine, frame)
         elif isinstance(frame, frames.Scheduled):
             assembler.count_drops(frame.dropped)
+            if assembler.counted is not None:
+                assembler.counted.scheduled(frame)
             self._scheduled(engine, frame)
         elif isinstance(frame, frames.Transfers):
             self._moved(engine, frame)
@@ -305,6 +309,7 @@ class Joiner:
         engine.steps.pop(span_id, None)
         if not step.settled:
             self._settle(step)
+        self._count_straggler(engine, step)
         if step.reason and scheduled.trace_id:
             engine.client.assembler.count_drops(self._drops.take_unsent())
             self._put(Unmade(lambda: self._span(step), gives_way=1), engine.client.account)
@@ -315,6 +320,12 @@ class Joiner:
         span = step.span(self._wall.offset_ns())
         step.release()
         return [span]
+
+    def _count_straggler(self, engine: Engine, step: EngineStep) -> None:
+        counted = engine.client.assembler.counted
+        late = None if counted is None else step.straggler()
+        if counted is not None and late is not None and step.scheduled is not None:
+            counted.straggled(step.scheduled.kind, late.skew_ns, step.ranks[late.rank])
 
     # Requests.
 
@@ -381,7 +392,11 @@ class Joiner:
     def _spans(self, request: OpenRequest) -> list[ReadableSpan]:
         from otel_npu.relay.request_spans import request_spans  # with the SDK, which is imported while frames are read
 
-        return request_spans(request, self._wall.offset_ns())
+        spans = request_spans(request, self._wall.offset_ns())
+        counted = request.engine.client.assembler.counted
+        if counted is not None:
+            counted.request(request, spans, time.time_ns())
+        return spans
 
     def _give_up(self, request: OpenRequest, reason: str) -> None:
         self._forget(request)

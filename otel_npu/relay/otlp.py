@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from otel_npu._version import __version__
 from otel_npu.relay.encoding import encode_request
-from otel_npu.relay.otlp_settings import GRPC, ExportError, OtlpSettings
+from otel_npu.relay.otlp_settings import GRPC, METRICS, TRACES, ExportError, OtlpSettings
 from otel_npu.relay.outcomes import Later, Never, Outcome, Taken, TooLarge
 from otel_npu.secrets import masked
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
 _AGENT: Final = f"otel-npu/{__version__}"
-_EXPORT: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+_EXPORT: Final = {
+    TRACES: "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    METRICS: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
+}
 _LONGEST_MESSAGE: Final = 300
 _MOST_ANSWER_BYTES: Final = 1 << 16
 # gRPC keeps a broken connection for up to two minutes unless it is told otherwise.
@@ -98,7 +101,7 @@ class GrpcExporter(OtlpExporter):
             self._channel = grpc.secure_channel(settings.target, credentials, _CHANNEL_OPTIONS, chosen)
         else:
             self._channel = grpc.insecure_channel(settings.target, _CHANNEL_OPTIONS, chosen)
-        self._call = self._channel.unary_unary(_EXPORT)
+        self._call = self._channel.unary_unary(_EXPORT[settings.signal])
 
     def send(self, body: bytes, timeout_seconds: float) -> Outcome:
         """Send an `ExportTraceServiceRequest`, once."""
@@ -168,7 +171,7 @@ def _files(settings: OtlpSettings) -> tuple[str, str, str]:
 
 
 def _taken(answer: bytes) -> Taken:
-    """What the receiver says of a request that it took."""
+    """What the receiver says of a request that it took: of spans and of points of metrics in the same bytes."""
     try:
         partial = ExportTraceServiceResponse.FromString(answer).partial_success
     except Exception:  # the spans are there, whatever else it says

@@ -1,4 +1,4 @@
-"""Where and how spans leave over OTLP: the standard variables, checked before anybody else's code sees them.
+"""Where and how spans and metrics leave over OTLP: the standard variables, checked before other code sees them.
 
 OpenTelemetry's own exporters quote a malformed header, secret and all, in their log, and die of a bad number.
 """
@@ -6,6 +6,7 @@ OpenTelemetry's own exporters quote a malformed header, secret and all, in their
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ _log = logging.getLogger("otel_npu.relay")
 GRPC: Final = "grpc"
 HTTP: Final = "http/protobuf"
 _GENERAL: Final = "OTEL_EXPORTER_OTLP_"
-_SPECIFIC: Final = "OTEL_EXPORTER_OTLP_TRACES_"
+TRACES: Final = "TRACES"
+METRICS: Final = "METRICS"
 _DEFAULT_SECONDS: Final = 10.0
 _EXPORT_TIMEOUT: Final = "OTEL_BSP_EXPORT_TIMEOUT"
 _DEFAULT_LONGEST_SECONDS: Final = 30.0
@@ -50,6 +52,7 @@ class OtlpSettings:
         client_key: The file of the client's own key; empty for none.
         client_certificate: The file of the client's own certificate; empty for none.
         credential_provider: The name of an entry point that makes gRPC's credentials or a `requests.Session`.
+        signal: `TRACES` or `METRICS`.
     """
 
     protocol: str
@@ -62,6 +65,7 @@ class OtlpSettings:
     client_key: str = ""
     client_certificate: str = ""
     credential_provider: str = ""
+    signal: str = TRACES
 
     @property
     def shown(self) -> str:
@@ -71,34 +75,41 @@ class OtlpSettings:
         return f"{parts.scheme}{'://' if parts.scheme else ''}{host}{parts.path}"
 
     @classmethod
-    def from_environment(cls, protocol: str = "", environment: Mapping[str, str] = os.environ) -> OtlpSettings:
-        """What the environment says. A bad value that has a default is one line in the log.
+    def from_environment(
+        cls, protocol: str = "", environment: Mapping[str, str] = os.environ, signal: str = TRACES
+    ) -> OtlpSettings:
+        """What the environment says. A bad value that has a default is one line in the log, once for all signals.
 
         Args:
             protocol: The one that the exporter's name fixes; empty if the variables say it.
             environment: The variables.
+            signal: Of what: its own variables come before those for all signals.
 
         Raises:
             ExportError: A variable without which nothing can be sent holds what it does not take.
         """
-        read = _Reader(environment)
+        read = _Reader(environment, signal)
         protocol = protocol or read("PROTOCOL", needed=True) or GRPC
         endpoint = read("ENDPOINT", needed=True)
         if protocol == GRPC:
             target, secure = _grpc_target(endpoint or "http://localhost:4317", read("INSECURE").lower())
         else:
-            target, secure = _http_url(endpoint, read.given("ENDPOINT")), True
+            target, secure = _http_url(endpoint, read.given("ENDPOINT"), signal), True
         return cls(
             protocol,
             target,
             secure,
-            headers=_headers(read.given("HEADERS"), read("HEADERS")),
+            headers=_headers(read.given("HEADERS"), read("HEADERS"), quiet=read.quiet("HEADERS")),
             compression=read("COMPRESSION").lower() or "none",
-            timeout_seconds=min(float(read("TIMEOUT") or _DEFAULT_SECONDS), _longest_seconds(environment)),
+            timeout_seconds=min(
+                float(read("TIMEOUT") or _DEFAULT_SECONDS),
+                _longest_seconds(environment) if signal == TRACES else math.inf,
+            ),
             certificate=read("CERTIFICATE", needed=secure),
             client_key=read("CLIENT_KEY", needed=secure),
             client_certificate=read("CLIENT_CERTIFICATE", needed=secure),
-            credential_provider=_credential_provider(protocol, environment),
+            credential_provider=_credential_provider(protocol, environment, signal),
+            signal=signal,
         )
 
 
@@ -112,15 +123,21 @@ def _longest_seconds(environment: Mapping[str, str]) -> float:
 
 
 class _Reader:
-    """Reads a variable: the one for traces before the one for all signals; one that is blank is none."""
+    """Reads a variable: the signal's own before the one for all signals; one that is blank is none."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], signal: str) -> None:
         self._environment = environment
+        self._specific = f"{_GENERAL}{signal}_"
+        self._first = signal == TRACES
 
     def given(self, name: str) -> str:
         """The variable that counts; empty if neither is set."""
-        names = (prefix + name for prefix in (_SPECIFIC, _GENERAL))
+        names = (prefix + name for prefix in (self._specific, _GENERAL))
         return next((name for name in names if self._environment.get(name, "").strip()), "")
+
+    def quiet(self, name: str) -> bool:
+        """Whether there is no need to complain: it is for all signals, and the first of them has done so."""
+        return not self._first and not self.given(name).startswith(self._specific)
 
     def __call__(self, name: str, *, needed: bool = False) -> str:
         """What it holds; empty if neither is set, or if it holds what it does not take.
@@ -137,7 +154,8 @@ class _Reader:
             raise ExportError(str(bad))
         if name == "HEADERS":
             return value  # its good ones are used
-        _log.error("%s; it is not used", bad)
+        if not self.quiet(name):
+            _log.error("%s; it is not used", bad)
         return ""
 
 
@@ -150,8 +168,8 @@ def _grpc_target(endpoint: str, insecure: str) -> tuple[str, bool]:
     return (parts.netloc.rpartition("@")[2] if parts is not None and parts.netloc else endpoint), secure
 
 
-def _http_url(endpoint: str, variable: str) -> str:
-    """The URL of traces: what the variable for traces holds is taken as it is.
+def _http_url(endpoint: str, variable: str, signal: str) -> str:
+    """The URL of a signal: what its own variable holds is taken as it is.
 
     Raises:
         ExportError: It is not one for HTTP.
@@ -159,12 +177,12 @@ def _http_url(endpoint: str, variable: str) -> str:
     parts = urlsplit(endpoint or "http://localhost:4318")
     if parts.scheme not in ("http", "https"):
         raise ExportError(f"{variable}: takes a URL such as http://collector:4318 where the protocol is {HTTP}")
-    if not variable.startswith(_SPECIFIC):
-        parts = parts._replace(path=f"{parts.path.rstrip('/')}/v1/traces")
+    if not variable.startswith(f"{_GENERAL}{signal}_"):
+        parts = parts._replace(path=f"{parts.path.rstrip('/')}/v1/{signal.lower()}")
     return parts.geturl()
 
 
-def _headers(variable: str, value: str) -> tuple[tuple[str, str], ...]:
+def _headers(variable: str, value: str, *, quiet: bool) -> tuple[tuple[str, str], ...]:
     """The headers of a list `name=value,...` with values percent-encoded; what can't be one is left out."""
     headers: dict[str, str] = {}
     left_out = 0
@@ -174,13 +192,13 @@ def _headers(variable: str, value: str) -> tuple[tuple[str, str], ...]:
             headers[name.lower()] = given
         else:
             left_out += 1
-    if left_out:
+    if left_out and not quiet:
         bad = bad_value(variable, "=")
         _log.error("%s; %d of its entries left out", bad, left_out)
     return tuple(headers.items())
 
 
-def _credential_provider(protocol: str, environment: Mapping[str, str]) -> str:
+def _credential_provider(protocol: str, environment: Mapping[str, str], signal: str) -> str:
     kind = "GRPC" if protocol == GRPC else "HTTP"
-    names = (f"OTEL_PYTHON_EXPORTER_OTLP_{kind}_{which}CREDENTIAL_PROVIDER" for which in ("TRACES_", ""))
+    names = (f"OTEL_PYTHON_EXPORTER_OTLP_{kind}_{which}CREDENTIAL_PROVIDER" for which in (f"{signal}_", ""))
     return next((value for name in names if (value := environment.get(name, "").strip())), "")

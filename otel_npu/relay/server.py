@@ -19,6 +19,7 @@ from otel_npu.relay.clients import PACKETS_PER_TURN, Clients, Connected
 from otel_npu.relay.joiner import Joiner
 from otel_npu.relay.ledger import Ledger
 from otel_npu.relay.making import Making
+from otel_npu.relay.metrics.counted import Metrics
 from otel_npu.relay.pace import Pace
 from otel_npu.relay.patience import Patience
 from otel_npu.relay.wall import WallClock
@@ -42,6 +43,7 @@ _FIRST_CLIENT_SECONDS: Final = 10.0
 _MAKE_SECONDS: Final = 0.02
 _MAKE_SECONDS_BEHIND: Final = 0.005
 DRAIN_SECONDS: Final = 5.0
+METRICS_SECONDS: Final = 2.0
 _DRAIN_LOOK_SECONDS: Final = 0.05
 _MAX_FLUSH_SECONDS: Final = 60.0
 _MAX_FLUSHES: Final = 64
@@ -64,6 +66,8 @@ class Server:
         exporters: Where spans go; or what makes that, called on a thread of its own while frames are read already.
         listeners: Take new connections; without one the server has only the clients it is given.
         stay: Whether to go on when the last client has gone, as a relay in a container of its own does.
+        metrics: Makes what counts for the metrics, given where drops are counted; without it there are none.
+        environment: The standard variables.
     """
 
     def __init__(
@@ -72,14 +76,18 @@ class Server:
         listeners: Sequence[socket.socket] = (),
         *,
         stay: bool = False,
+        metrics: Callable[[Drops], Metrics | None] = lambda _: None,
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._drops = Drops()
+        self._metrics = metrics(self._drops)
+        self._environment = environment
         self._stay = stay
         self._wall = WallClock()
         self._ledger = Ledger()
         self._patience = Patience()
         self._pace = Pace()
-        self._making = Making(functools.partial(_export_queue, exporters, self._drops), self._drops)
+        self._making = Making(functools.partial(self._load, exporters), self._drops)
         self._joiner = Joiner(self._wall, self._making.put, self._drops, self._patience)
         self._clients = Clients(listeners, self._drops, self._parted)
         self._limits = functools.cache(_span_limits)
@@ -109,7 +117,19 @@ class Server:
         environment: Mapping[str, str] = os.environ,
     ) -> Server:
         """A server with the exporters that the environment names. If it names a bad one, nothing is exported."""
-        return cls(functools.partial(exporters_of, environment), listeners, stay=stay)
+        return cls(
+            functools.partial(exporters_of, environment),
+            listeners,
+            stay=stay,
+            metrics=functools.partial(Metrics.from_environment, environment=environment),
+            environment=environment,
+        )
+
+    def _load(self, exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]]) -> ExportQueue:
+        export = _export_queue(exporters, self._drops)
+        if self._metrics is not None:
+            self._metrics.load(export.fill, self._environment)
+        return export
 
     def add_client(self, connection: socket.socket) -> None:
         """Serve this connection too."""
@@ -141,6 +161,8 @@ class Server:
             if not len(self._clients):
                 exporting(sum(account.accepted - account.handled for account in self._owed))
         export.close(max(0.1, deadline - time.monotonic()))
+        if self._metrics is not None:  # after the spans, so that it says what became of them
+            self._metrics.close(min(METRICS_SECONDS, max(0.2, deadline - time.monotonic())))
         self._log_drops()
         self._clients.close()
 
@@ -243,7 +265,9 @@ class Server:
         if isinstance(frame, frames.Hello):
             if frame.protocol != frames.PROTOCOL:
                 raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
-            assembler = Assembler(frame, self._wall, self._limits, SlowSteps(frame.slow_step, self._drops))
+            counted = None if self._metrics is None else self._metrics.process(frame)
+            slow = SlowSteps(frame.slow_step, self._drops)
+            assembler = Assembler(frame, self._wall, self._limits, slow, counted)
             assembler.replaces(client.greeted)
             client.greeted = assembler
         elif isinstance(frame, frames.Flush):
@@ -264,6 +288,8 @@ class Server:
 
     def _unfinished(self, client: Connected, frame: frames.Unfinished) -> None:
         span = client.assembler.unfinished(frame)
+        if client.assembler.counted is not None:
+            client.assembler.counted.hang(frame)
         if frame.trace_id:
             self._making.put([span], client.account)
         if frame.engine_span_id:

@@ -1,4 +1,4 @@
-"""An OTLP receiver on loopback, over gRPC and HTTP, that keeps every span and can be made to misbehave."""
+"""An OTLP receiver on loopback, over gRPC and HTTP: it keeps all spans and metrics, and can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 if TYPE_CHECKING:
@@ -70,6 +71,24 @@ REFUSED = Answer("PERMISSION_DENIED", 403, "refused")
 AWAY = Answer("UNAVAILABLE", 503, "no room")
 
 
+@dataclass(frozen=True)
+class Point:
+    """One point of a metric as it arrived; `value` is a number's, or the sum of a histogram."""
+
+    metric: str
+    unit: str
+    kind: str
+    temporality: int
+    attributes: dict[str, Any]
+    resource: dict[str, Any]
+    value: float
+    count: int
+    buckets: list[int]
+    exemplars: list[tuple[str, str, float]]
+    start_ns: int
+    end_ns: int
+
+
 @dataclass
 class Receiver:
     """Receives on two ports. Set `answer` to what it says, `refuse` to refuse all, `delay_seconds` to answer late."""
@@ -83,11 +102,13 @@ class Receiver:
     http_port: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
     _spans: list[Span] = field(default_factory=list)
+    _points: list[Point] = field(default_factory=list)
     _arrived: threading.Condition = field(default_factory=threading.Condition)
 
     def __enter__(self) -> Receiver:
         self._grpc = grpc.server(futures.ThreadPoolExecutor(8))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)  # type: ignore[no-untyped-call]
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_MetricsServicer(self), self._grpc)  # type: ignore[no-untyped-call]
         self.grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -145,6 +166,39 @@ class Receiver:
                 assert left > 0, f"{len(spans)} of {count} spans arrived: {sorted({s.name for s in self._spans})}"
                 self._arrived.wait(left)
 
+    def points(self, metric: str) -> list[Point]:
+        """All points of this metric so far, in order of arrival."""
+        with self._arrived:
+            return [point for point in self._points if point.metric == metric]
+
+    def wait_for_point(
+        self, metric: str, wanted: Callable[[Point], bool] = lambda _: True, timeout_seconds: float = 60
+    ) -> Point:
+        """The first point of this metric that is as wanted, once it is there.
+
+        Raises:
+            AssertionError: It did not arrive in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._arrived:
+            while True:
+                found = next((point for point in self._points if point.metric == metric and wanted(point)), None)
+                if found is not None:
+                    return found
+                left = deadline - time.monotonic()
+                assert left > 0, f"no such point of {metric}: {[p for p in self._points if p.metric == metric][-3:]}"
+                self._arrived.wait(left)
+
+    def take_metrics(self, request: metrics_service_pb2.ExportMetricsServiceRequest) -> None:
+        """Keep the request's points."""
+        with self._arrived:
+            for resource_metrics in request.resource_metrics:
+                resource = _attributes(resource_metrics.resource.attributes)
+                for scope_metrics in resource_metrics.scope_metrics:
+                    for metric in scope_metrics.metrics:
+                        self._points += _points(metric, resource)
+            self._arrived.notify_all()
+
     def take(self, request: trace_service_pb2.ExportTraceServiceRequest, headers: dict[str, str]) -> Answer:
         """Keep the request's spans, unless it says something else."""
         self._closing.wait(self.delay_seconds)
@@ -180,6 +234,15 @@ class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):
         return _response(answer)
 
 
+class _MetricsServicer(metrics_service_pb2_grpc.MetricsServiceServicer):
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._receiver.take_metrics(request)
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
 def _handler(receiver: Receiver) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -188,6 +251,11 @@ def _handler(receiver: Receiver) -> type[http.server.BaseHTTPRequestHandler]:
                 body = gzip.decompress(body)
             if self.headers.get("Content-Encoding") == "deflate":
                 body = zlib.decompress(body)
+            if self.path.endswith("/v1/metrics"):
+                receiver.take_metrics(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body))
+                self.send_response(200)
+                self.end_headers()
+                return
             request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
             answer = receiver.take(request, {name.lower(): value for name, value in self.headers.items()})
             content = _response(answer) if answer.code == "OK" else Status(message=answer.details)
@@ -233,6 +301,30 @@ def _span(span: Any, resource: dict[str, Any], scope: str) -> Span:
         status_message=span.status.message,
         kind=span.kind,
     )
+
+
+def _points(metric: Any, resource: dict[str, Any]) -> list[Point]:
+    kind = metric.WhichOneof("data")
+    data = getattr(metric, kind)
+    return [
+        Point(
+            metric=metric.name,
+            unit=metric.unit,
+            kind=kind,
+            temporality=getattr(data, "aggregation_temporality", 0),
+            attributes=_attributes(point.attributes),
+            resource=resource,
+            value=point.sum if hasattr(point, "sum") else getattr(point, point.WhichOneof("value")),
+            count=getattr(point, "count", 0),
+            buckets=list(
+                getattr(point, "bucket_counts", None) or getattr(getattr(point, "positive", None), "bucket_counts", [])
+            ),
+            exemplars=[(each.trace_id.hex(), each.span_id.hex(), each.as_double) for each in point.exemplars],
+            start_ns=point.start_time_unix_nano,
+            end_ns=point.time_unix_nano,
+        )
+        for point in data.data_points
+    ]
 
 
 def _attributes(pairs: Any) -> dict[str, Any]:
