@@ -141,6 +141,7 @@ STEP_IDLE: Final = "npu.step.idle"
 STEP_LAUNCH_BOUND: Final = "npu.step.launch_bound"
 RANK: Final = "npu.rank"
 DROPPED_PREFIX: Final = "npu.dropped."
+DROP_REASON: Final = "npu.drop.reason"
 TP_RANK: Final = "npu.tp.rank"
 PP_RANK: Final = "npu.pp.rank"
 DP_RANK: Final = "npu.dp.rank"
@@ -268,6 +269,7 @@ ATTRIBUTES: Final = (
         "What was left out since the last step span, by reason; see DROP_REASONS. What the relay left out, "
         "of whichever process, goes with the next step span of any.",
     ),
+    Term(DROP_REASON, "", "Of metrics: why something was left out; see DROP_REASONS."),
     Term(TP_RANK, "", "The worker's tensor-parallel rank."),
     Term(PP_RANK, "", "The worker's pipeline-parallel rank: its stage of the pipeline."),
     Term(DP_RANK, "", "The engine's data-parallel rank."),
@@ -432,8 +434,6 @@ DROP_REASONS: Final = (
 COUNTER: Final = "counter"
 GAUGE: Final = "gauge"
 HISTOGRAM: Final = "histogram"
-
-DROP_REASON: Final = "npu.drop.reason"
 
 _SECONDS: Final = tuple(
     number * 10**exponent for exponent in range(3, 10) for number in (10, 25, 50) if number * 10**exponent <= 10**10
