@@ -156,6 +156,12 @@ class Load:
         """Hold its packed form: it has to wait."""
         self._content, self._unpack = packing.content, packing.unpack
 
+    def again(self) -> Load:
+        """The same once more, for another try while this one is still under way."""
+        again = Load(self.delivery, self.made, self.count, self._content, self.spans)
+        again.tries, again._unpack = self.tries, self._unpack
+        return again
+
     def halves(self) -> list[Load]:
         """The same spans, in two requests."""
         halves = [ExportTraceServiceRequest.FromString(self.body) for _ in range(2)]

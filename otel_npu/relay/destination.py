@@ -161,7 +161,9 @@ class Destination:
         late = self._now() - limit - _GRACE_SECONDS
         overdue = [load for load, began in self.under_way.items() if began < late]
         for load in overdue:
-            self.done(load, Later(f"no answer within {limit:g} s"))
+            del self.under_way[load]
+            # Another of the same: what comes of this one counts no more.
+            self._later(load.again(), Later(f"no answer within {limit:g} s"), self._now())
         self._stuck += len(overdue)
         return len(overdue)
 

@@ -22,7 +22,7 @@ from otel_npu.settings import QUEUE_BYTES, Settings, SettingsError
 from otel_npu.standard import bad_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -67,13 +67,14 @@ class ExportQueue:
         self._open = self._new_batch()
         self._closed = False
         self._senders: dict[Destination, int] = dict.fromkeys(self._destinations, 0)
-        if self._destinations:
-            threading.Thread(target=self._run, name="otel-npu export", daemon=True).start()
+        self._runs = not self._destinations
+        self._start()
 
     def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
         """Encode a client's spans and queue them; the oldest batches are dropped when there is too much."""
         if not self._destinations or not spans:
             return
+        self._start()
         encoded = []
         try:
             encoded = [encode_span(span) for span in spans]
@@ -203,25 +204,34 @@ class ExportQueue:
 
     # Out.
 
+    def _start(self) -> None:
+        """Have a thread that sees to all this."""
+        if not self._runs:
+            self._runs = _start_thread("otel-npu export", self._run)
+
     def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._tend()
+            except Exception:
+                self._own_fault()
+
+    def _tend(self) -> None:
         """Send what is due by the clock, make small what has to wait, and see to it that somebody sends."""
-        while True:
+        with self._changed:
+            if self._open.count and time.monotonic() - self._open.made >= self._delay:
+                self._seal()
+            for destination in self._destinations:
+                self._senders[destination] -= destination.leave_overdue()
+                self._man(destination)
+                destination.tick()
+            loads = [(one, load) for one in self._destinations for load in one.unpacked()]
+            if not loads and not self._closed:
+                self._changed.wait(self._until_next())
+        for destination, load in loads:
+            packing = load.packing()
             with self._changed:
-                if self._closed:
-                    return
-                if self._open.count and time.monotonic() - self._open.made >= self._delay:
-                    self._seal()
-                for destination in self._destinations:
-                    self._senders[destination] -= destination.leave_overdue()
-                    self._man(destination)
-                    destination.tick()
-                loads = [(one, load) for one in self._destinations for load in one.unpacked()]
-                if not loads:
-                    self._changed.wait(self._until_next())
-            for destination, load in loads:
-                packing = load.packing()
-                with self._changed:
-                    destination.pack(load, packing)
+                destination.pack(load, packing)
 
     def _until_next(self) -> float:
         """Seconds until something is due by the clock."""
@@ -235,12 +245,7 @@ class ExportQueue:
         """Have a thread that sends the next one."""
         busy = self._senders[destination] <= len(destination.under_way)
         if busy and destination.pause() <= 0:
-            try:
-                threading.Thread(target=self._serve, args=(destination,), name="otel-npu send", daemon=True).start()
-            except RuntimeError as error:  # there are no threads left; there may be
-                _log.debug("can't start a thread now: %s", error)
-            else:
-                self._senders[destination] += 1
+            self._senders[destination] += _start_thread("otel-npu send", lambda: self._serve(destination))
 
     def _serve(self, destination: Destination) -> None:
         while True:
@@ -251,9 +256,26 @@ class ExportQueue:
                     self._changed.wait(min(_LOOK_SECONDS, destination.pause()))
             outcome = _send(destination, load)
             with self._changed:
-                if not destination.done(load, outcome):
-                    return  # it took too long: another thread is in this one's place
+                try:
+                    if not destination.done(load, outcome):
+                        return  # it took too long: another thread is in this one's place
+                except Exception:
+                    self._own_fault()
                 self._changed.notify_all()
+
+    def _own_fault(self) -> None:
+        self._drops.add(semconv.INTERNAL_ERROR)
+        _log.exception("a fault of otel-npu's own; spans are lost")
+        time.sleep(_LOOK_SECONDS)  # it may well come again
+
+
+def _start_thread(name: str, work: Callable[[], None]) -> bool:
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError as error:  # there are no threads left; there may be
+        _log.debug("can't start a thread now: %s", error)
+        return False
+    return True
 
 
 def _send(destination: Destination, load: Load) -> Outcome:

@@ -264,9 +264,11 @@ def test_an_export_that_takes_too_long_is_left_and_tried_again_and_its_late_answ
     assert bench.destination.leave_overdue() == 0
     bench.now += 0.2
     assert bench.destination.leave_overdue() == 1
-    assert bench.next() is load
-    assert bench.destination.done(load, TAKEN)
-    assert not bench.destination.done(load, TAKEN)
+    again = bench.next()
+    assert again.body == load.body
+    assert not bench.destination.done(load, REFUSED)
+    assert bench.destination.holds
+    assert bench.destination.done(again, TAKEN)
     assert (bench.settled, bench.lost) == (10, {})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+import select
+import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from opentelemetry.trace import SpanContext
 
 from otel_npu.drops import Drops
 from otel_npu.relay.client import Account
+from otel_npu.relay.destination import Destination
 from otel_npu.relay.export import ExportQueue
 from otel_npu.relay.exporters import exporters_from_environment
 from otel_npu.relay.otlp import GrpcExporter, HttpExporter, OtlpExporter
@@ -217,6 +220,37 @@ def test_without_an_exporter_nothing_is_kept() -> None:
     assert bench.flush(0)
 
 
+def test_while_no_thread_can_be_started_spans_wait(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_threads(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    first, second = spans("first", "second")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_threads)
+        bench = Bench(sender)
+        bench.put(first)
+        assert not bench.flush(0)
+    bench.put(second)
+    assert bench.flush()
+    assert sender.names == ["first", "second"]
+
+
+def test_a_fault_of_our_own_ends_nothing(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(_: Destination) -> None:
+        raise ZeroDivisionError
+
+    bench = Bench(sender)
+    with monkeypatch.context() as patched:
+        patched.setattr(Destination, "tick", failing)
+        bench.put(*spans("forward"))
+        eventually(lambda: "a fault of otel-npu's own" in caplog.text, "the fault is told of")
+    assert bench.flush()
+    assert sender.names == ["forward"]
+    assert bench.drops.take_unsent()["internal_error"] >= 1
+
+
 def test_one_span_that_can_not_be_encoded_costs_itself_and_is_counted(sender: Sender) -> None:
     bench = Bench(sender)
     [bad] = spans("beyond all clocks")
@@ -378,6 +412,35 @@ def test_an_export_that_hangs_is_left_at_its_timeout_and_tried_again() -> None:
     sender.released.set()
     assert bench.flush()
     assert "forward" in sender.names
+
+
+def test_an_answer_that_drips_is_left_at_its_timeout_too() -> None:
+    """Each byte comes in time for the socket, so that alone the export would be held for as long as they come."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            slow, _ = server.accept()
+            with slow:
+                while not over.wait(0.05):
+                    slow.sendall(b"H")
+                    if len(select.select([server], [], [], 0)[0]):
+                        break
+                quick, _ = server.accept()
+                with quick:
+                    quick.recv(1 << 16)
+                    quick.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                    over.wait(PATIENCE_SECONDS)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1/traces"
+        settings = OtlpSettings("http/protobuf", url, secure=False, timeout_seconds=0.3)
+        bench = Bench(HttpExporter(settings))
+        bench.put(*spans("forward"))
+        assert bench.flush()
+        over.set()
+        thread.join(PATIENCE_SECONDS)
 
 
 def test_a_flush_out_of_time_says_so(sender: Sender) -> None:
