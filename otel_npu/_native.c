@@ -1,8 +1,8 @@
-/* The ways in and out of a stage, the reading of finished events, and the packing of steps, without an interpreter.
+/* The ways in and out of a step and a stage, the reading of finished events, and the packing of steps, without an interpreter.
 
    Between two steps a server runs millions of instructions, so whatever a step touches is out of the caches: what costs
    is how much of it there is. What is written here is what `capture/plain.py` says, which is used where this is not built; what
-   happens seldom stands in Python alone, in `capture/stages.py`, and is called from both. Nothing here gives the GIL away, and
+   happens seldom stands in Python alone, in `capture/steps.py` and `capture/stages.py`, and is called from both. Nothing here gives the GIL away, and
    no signal handler runs between two lines of it. */
 
 #define PY_SSIZE_T_CLEAN
@@ -14,11 +14,25 @@
 #define MAX_STAGES 1024
 #define MAX_NAME 256
 
-static PyObject *open_step;  /* the context variable of `context.py` */
+static PyObject *open_step; /* the context variable of `context.py` */
+static PyTypeObject *Ids;   /* the named tuple of `context.py` */
+static long long batch_steps, batch_ns;
 static PyObject *test_clock; /* a clock in the place of the host's, for tests */
-static PyObject *str_again, *str_another_pair, *str_capture_check, *str_close, *str_current_stream_key, *str_free,
-    *str_handle, *str_handles, *str_not_entered, *str_not_exited, *str_qualname, *str_record_end, *str_record_start,
-    *str_side, *str_step, *str_stream, *str_streams, *str_timed, *str_too_many;
+#define NAMES(X) \
+    X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") X(append, "append") \
+    X(capture_check, "_capture_check") X(choose, "_choose") X(close, "close") \
+    X(current_stream_key, "current_stream_key") X(device_index, "device_index") X(dues, "dues") \
+    X(find_place, "_find_place") X(free, "free") X(handle, "handle") X(handles, "handles") \
+    X(interval_ns, "interval_ns") X(let_go, "let_go") X(limiter, "limiter") X(local, "local") \
+    X(not_entered, "_not_entered") X(not_exited, "_not_exited") X(not_opened, "_not_opened") X(open, "open") \
+    X(open_again, "_open_again") X(open_question, "device_is_open_question") \
+    X(opentelemetry, "opentelemetry.trace") X(qualname, "__qualname__") X(record_end, "record_end") \
+    X(record_start, "record_start") X(root_traces, "root_traces") X(running, "running") X(side, "side") \
+    X(slack_ns, "slack_ns") X(step, "_step") X(step_closed, "step_closed") X(step_numbers, "step_numbers") \
+    X(stream, "stream") X(stream_id, "stream_id") X(streams, "streams") X(thread, "thread") X(timed, "timed") \
+    X(too_many, "_too_many")
+#define DECLARE(name, text) static PyObject *str_##name;
+NAMES(DECLARE)
 
 static int now_ns(long long *ns)
 {
@@ -40,8 +54,15 @@ static int now_ns(long long *ns)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *attributes, *capture, *error, *ids, *kind, *number, *opened_ns, *rank, *requests, *stages;
-    long long closed_ns;
+    PyObject *lock, *open, *pending, *thread;
+    long long boundaries, waiting_since_ns;
+    char busy;
+} ThreadRecord;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *attributes, *capture, *error, *ids, *kind, *outer, *rank, *requests, *stages, *thread;
+    long long closed_ns, number, opened_ns;
     char bare, hang_reported;
 } StepRecord;
 
@@ -51,14 +72,39 @@ typedef struct {
     long long entered_ns, exited_ns;
 } StageRecord;
 
-static PyTypeObject StepRecord_Type, StageRecord_Type;
+typedef struct {
+    PyObject_HEAD
+    PyObject *step;
+} Handle;
 
+static PyTypeObject Handle_Type, StageRecord_Type, StepRecord_Type, ThreadRecord_Type;
+
+#define VISIT_THREAD(X) X(lock) X(open) X(pending) X(thread)
 #define VISIT_STEP(X) \
-    X(attributes) X(capture) X(error) X(ids) X(kind) X(number) X(opened_ns) X(rank) X(requests) X(stages)
+    X(attributes) X(capture) X(error) X(ids) X(kind) X(outer) X(rank) X(requests) X(stages) X(thread)
 #define VISIT_STAGE(X) \
     X(attributes) X(capture) X(device_ns) X(duration_ns) X(error) X(name) X(pair) X(step) X(stream)
 #define VISIT(field) Py_VISIT(self->field);
 #define CLEAR(field) Py_CLEAR(self->field);
+
+static int thread_traverse(ThreadRecord *self, visitproc visit, void *arg)
+{
+    VISIT_THREAD(VISIT)
+    return 0;
+}
+
+static int thread_clear(ThreadRecord *self)
+{
+    VISIT_THREAD(CLEAR)
+    return 0;
+}
+
+static void thread_dealloc(ThreadRecord *self)
+{
+    PyObject_GC_UnTrack(self);
+    thread_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
 
 static int step_traverse(StepRecord *self, visitproc visit, void *arg)
 {
@@ -98,11 +144,23 @@ static void stage_dealloc(StageRecord *self)
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+static PyMemberDef thread_members[] = {
+#define MEMBER(field) {#field, T_OBJECT_EX, offsetof(ThreadRecord, field), 0, NULL},
+    VISIT_THREAD(MEMBER)
+#undef MEMBER
+    {"boundaries", T_LONGLONG, offsetof(ThreadRecord, boundaries), 0, NULL},
+    {"waiting_since_ns", T_LONGLONG, offsetof(ThreadRecord, waiting_since_ns), 0, NULL},
+    {"busy", T_BOOL, offsetof(ThreadRecord, busy), 0, NULL},
+    {NULL},
+};
+
 static PyMemberDef step_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(StepRecord, field), 0, NULL},
     VISIT_STEP(MEMBER)
 #undef MEMBER
     {"closed_ns", T_LONGLONG, offsetof(StepRecord, closed_ns), 0, NULL},
+    {"number", T_LONGLONG, offsetof(StepRecord, number), 0, NULL},
+    {"opened_ns", T_LONGLONG, offsetof(StepRecord, opened_ns), 0, NULL},
     {"bare", T_BOOL, offsetof(StepRecord, bare), 0, NULL},
     {"hang_reported", T_BOOL, offsetof(StepRecord, hang_reported), 0, NULL},
     {NULL},
@@ -143,6 +201,349 @@ static int flag(PyObject *object, PyObject *name)
     Py_DECREF(value);
     return is;
 }
+
+/* Random numbers for ids, not to be guessed from a model's seed: xoshiro256**, by Blackman and Vigna. */
+
+static unsigned long long random_state[4];
+
+static unsigned long long next_random(void)
+{
+    unsigned long long *s = random_state, result = s[1] * 5, shifted = s[1] << 17;
+    result = ((result << 7) | (result >> 57)) * 9;
+    s[2] ^= s[0];
+    s[3] ^= s[1];
+    s[1] ^= s[2];
+    s[0] ^= s[3];
+    s[2] ^= shifted;
+    s[3] = (s[3] << 45) | (s[3] >> 19);
+    return result;
+}
+
+static PyObject *random_bytes(PyObject *module, PyObject *count)
+{
+    Py_ssize_t length = PyLong_AsSsize_t(count);
+    if (length == -1 && PyErr_Occurred())
+        return NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, length);
+    for (Py_ssize_t at = 0; bytes != NULL && at < length; at += 8) {
+        unsigned long long value = next_random();
+        memcpy(PyBytes_AS_STRING(bytes) + at, &value, length - at < 8 ? length - at : 8);
+    }
+    return bytes;
+}
+
+static PyObject *seed(PyObject *module, PyObject *bytes)
+{
+    if (!PyBytes_Check(bytes) || PyBytes_GET_SIZE(bytes) != sizeof random_state) {
+        PyErr_SetString(PyExc_ValueError, "a seed has 32 bytes");
+        return NULL;
+    }
+    memcpy(random_state, PyBytes_AS_STRING(bytes), sizeof random_state);
+    random_state[0] |= 1; /* never all zero */
+    Py_RETURN_NONE;
+}
+
+/* Steps: see `capture/plain.py`. */
+
+/* Whether a limiter lets a step of this kind pass: `Limiter.allow`, without being called. -1 with an error. */
+static int allow(PyObject *limiter, PyObject *kind)
+{
+    PyObject *allowed = NULL, *dues = PyObject_GetAttr(limiter, str_dues);
+    PyObject *interval = dues == NULL ? NULL : PyObject_GetAttr(limiter, str_interval_ns);
+    PyObject *slack = interval == NULL ? NULL : PyObject_GetAttr(limiter, str_slack_ns);
+    PyObject *due = slack == NULL ? NULL : PyDict_GetItemWithError(dues, kind);
+    int is = -1;
+    if (due == NULL) {
+        if (slack != NULL && !PyErr_Occurred() && (allowed = PyObject_CallMethodOneArg(limiter, str_allow, kind)))
+            is = PyObject_IsTrue(allowed);
+    } else {
+        long long now, due_ns = PyLong_AsLongLong(due), interval_ns = PyLong_AsLongLong(interval),
+                       slack_ns = PyLong_AsLongLong(slack);
+        if (!PyErr_Occurred() && now_ns(&now) == 0) {
+            is = due_ns - now <= slack_ns;
+            if (is) {
+                PyObject *next = PyLong_FromLongLong((due_ns > now ? due_ns : now) + interval_ns);
+                if (next == NULL || PyDict_SetItem(dues, kind, next) < 0)
+                    is = -1;
+                Py_XDECREF(next);
+            }
+        }
+    }
+    Py_XDECREF(allowed);
+    Py_XDECREF(dues);
+    Py_XDECREF(interval);
+    Py_XDECREF(slack);
+    return is;
+}
+
+/* Ids of a step that lies in nothing, in `step->ids`; by way of Python where there may be a span of the program's. */
+static int choose(StepRecord *step)
+{
+    PyObject *modules = PyImport_GetModuleDict(); /* borrowed */
+    int roots = flag(step->capture, str_root_traces);
+    if (roots < 0)
+        return -1;
+    if (!ABSENT(step->outer) || !roots || PyDict_Contains(modules, str_opentelemetry) != 0) {
+        PyObject *ids = PyErr_Occurred() ? NULL : PyObject_CallMethodNoArgs((PyObject *)step, str_choose);
+        if (ids == NULL)
+            return -1;
+        GIVE(step->ids, ids);
+        return 0;
+    }
+    PyObject *limiter = PyObject_GetAttr(step->capture, str_limiter);
+    int kept = limiter == NULL ? -1 : allow(limiter, step->kind);
+    Py_XDECREF(limiter);
+    if (kept < 0)
+        return -1;
+    unsigned long long bytes[3] = {next_random(), next_random(), next_random()};
+    PyObject *fields = Py_BuildValue("((y#y#y#O))", (char *)bytes, (Py_ssize_t)16, (char *)(bytes + 2), (Py_ssize_t)8,
+                                     "", (Py_ssize_t)0, kept ? Py_True : Py_False);
+    PyObject *ids = fields == NULL ? NULL : PyTuple_Type.tp_new(Ids, fields, NULL);
+    Py_XDECREF(fields);
+    if (ids == NULL)
+        return -1;
+    GIVE(step->ids, ids);
+    return 0;
+}
+
+/* Where the step lies; 0 if it is left out. By way of Python where it lies in another, or where the device is open. */
+static int find_place(StepRecord *self)
+{
+    PyObject *around;
+    if (PyContextVar_Get(open_step, NULL, &around) < 0)
+        return -1;
+    int simple = around == Py_None;
+    GIVE(self->outer, around);
+    int settled = simple ? flag(self->capture, str_open_question) : 1;
+    if (settled < 0)
+        return -1;
+    if (!simple || settled) {
+        PyObject *place = PyObject_CallMethodNoArgs((PyObject *)self, str_find_place);
+        int found = place == NULL ? -1 : PyObject_IsTrue(place);
+        Py_XDECREF(place);
+        return found;
+    }
+    return 1;
+}
+
+static int set_open(PyObject *step)
+{
+    PyObject *token = PyContextVar_Set(open_step, step == NULL ? Py_None : step);
+    Py_XDECREF(token);
+    return token == NULL ? -1 : 0;
+}
+
+/* Puts the step among its thread's open ones, or takes it out. */
+static int list_open(StepRecord *self, int open)
+{
+    PyObject *key = PyLong_FromVoidPtr(self), *steps = ((ThreadRecord *)self->thread)->open;
+    int failed = key == NULL || (open ? PyDict_SetItem(steps, key, (PyObject *)self) : PyDict_DelItem(steps, key)) < 0;
+    Py_XDECREF(key);
+    if (failed && !open && PyErr_ExceptionMatches(PyExc_KeyError)) {
+        PyErr_Clear();
+        return 0;
+    }
+    return failed ? -1 : 0;
+}
+
+static int begin_step(StepRecord *self)
+{
+    int place = find_place(self);
+    if (place < 1)
+        return place;
+    PyObject *local = PyObject_GetAttr(self->capture, str_local);
+    PyObject *thread = local == NULL ? NULL : PyObject_GetAttr(local, str_thread);
+    Py_XDECREF(local);
+    if (thread == NULL)
+        return -1;
+    GIVE(self->thread, thread);
+    if (!PyObject_TypeCheck(thread, &ThreadRecord_Type)) {
+        PyErr_SetString(PyExc_TypeError, "not a thread");
+        return -1;
+    }
+    if (!self->number) {
+        PyObject *numbers = PyObject_GetAttr(self->capture, str_step_numbers);
+        PyObject *number = numbers == NULL ? NULL : PyIter_Next(numbers);
+        Py_XDECREF(numbers);
+        if (number == NULL)
+            return -1;
+        self->number = PyLong_AsLongLong(number);
+        Py_DECREF(number);
+    }
+    if (ABSENT(self->ids) && choose(self) < 0)
+        return -1;
+    if (now_ns(&self->opened_ns) < 0)
+        return -1;
+    self->closed_ns = 0;
+    return list_open(self, 1) < 0 ? -1 : set_open((PyObject *)self);
+}
+
+static PyObject *step_open(StepRecord *self, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *done = NULL;
+    if (self->closed_ns != -1)
+        done = PyObject_CallMethodNoArgs((PyObject *)self, str_open_again);
+    else if (begin_step(self) < 0) {
+        PyObject *error = take_error();
+        done = PyObject_CallMethodOneArg((PyObject *)self, str_not_opened, error);
+        Py_DECREF(error);
+    } else
+        return Py_NewRef((PyObject *)self);
+    Py_XDECREF(done);
+    return done == NULL ? NULL : Py_NewRef((PyObject *)self);
+}
+
+static int close_step(StepRecord *self, PyObject *error)
+{
+    ThreadRecord *thread = (ThreadRecord *)self->thread;
+    long long closed_ns;
+    if (now_ns(&closed_ns) < 0)
+        return -1;
+    Py_INCREF(error);
+    GIVE(self->error, error);
+    self->closed_ns = closed_ns;
+    PyObject *current;
+    if (PyContextVar_Get(open_step, NULL, &current) < 0)
+        return -1;
+    int is_current = current == (PyObject *)self;
+    Py_DECREF(current);
+    if (is_current && set_open(self->outer) < 0)
+        return -1;
+    PyObject *appended = PyObject_CallMethodOneArg(thread->pending, str_append, (PyObject *)self);
+    Py_XDECREF(appended);
+    if (appended == NULL || list_open(self, 0) < 0)
+        return -1;
+    /* What `Recorder.step_closed` does when nothing is due. */
+    Py_ssize_t waiting = PyObject_Length(thread->pending);
+    int running = waiting < 0 ? -1 : flag(self->capture, str_running);
+    if (running < 0)
+        return -1;
+    if (running && waiting < batch_steps && (waiting == 1 || closed_ns - thread->waiting_since_ns <= batch_ns)) {
+        thread->boundaries++;
+        if (waiting == 1)
+            thread->waiting_since_ns = closed_ns;
+        return 0;
+    }
+    PyObject *closed = PyLong_FromLongLong(closed_ns), *done = NULL;
+    if (closed != NULL)
+        done = PyObject_CallMethodObjArgs(self->capture, str_step_closed, (PyObject *)thread, closed, NULL);
+    Py_XDECREF(closed);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static PyObject *step_close(StepRecord *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count > 1) {
+        PyErr_SetString(PyExc_TypeError, "close() takes the type of an error");
+        return NULL;
+    }
+    if (self->closed_ns == 0) {
+        Py_INCREF(self);
+        int failed = close_step(self, count ? args[0] : Py_None);
+        Py_DECREF(self);
+        if (failed < 0)
+            return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef step_methods[] = {
+    {"open", (PyCFunction)step_open, METH_NOARGS, "Begin the step on the calling thread."},
+    {"close", (PyCFunction)(void (*)(void))step_close, METH_FASTCALL, "End the step: it waits for the device now."},
+    {NULL},
+};
+
+/* A step in the program's hands. */
+
+static PyObject *handle_open(Handle *self, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *opened = PyObject_CallMethodNoArgs(self->step, str_open);
+    Py_XDECREF(opened);
+    return opened == NULL ? NULL : Py_NewRef((PyObject *)self);
+}
+
+static PyObject *handle_enter(Handle *self, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *opened = PyObject_CallMethodNoArgs(self->step, str_open);
+    Py_XDECREF(opened);
+    if (opened == NULL)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *handle_close(Handle *self, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"error", NULL};
+    PyObject *error = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|O", names, &error))
+        return NULL;
+    return PyObject_CallMethodOneArg(self->step, str_close, error);
+}
+
+static PyObject *handle_exit(Handle *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "__exit__() takes the type, the value and the traceback of an exception");
+        return NULL;
+    }
+    return PyObject_CallMethodOneArg(self->step, str_close, args[0]);
+}
+
+static PyObject *handle_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    PyObject *step;
+    if (!PyArg_ParseTuple(args, "O!", &StepRecord_Type, &step))
+        return NULL;
+    Handle *handle = (Handle *)type->tp_alloc(type, 0);
+    if (handle != NULL) {
+        Py_INCREF(step);
+        handle->step = step;
+    }
+    return (PyObject *)handle;
+}
+
+static void handle_dealloc(Handle *self)
+{
+    StepRecord *step = (StepRecord *)self->step;
+    if (step != NULL && step->closed_ns == 0) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        PyObject *done = PyObject_CallMethodNoArgs(self->step, str_let_go);
+        if (done == NULL)
+            PyErr_WriteUnraisable(self->step);
+        Py_XDECREF(done);
+        PyErr_Restore(type, value, traceback);
+    }
+    Py_XDECREF(self->step);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyMemberDef handle_members[] = {
+    {"step", T_OBJECT, offsetof(Handle, step), READONLY, NULL},
+    {NULL},
+};
+
+static PyMethodDef handle_methods[] = {
+    {"open", (PyCFunction)handle_open, METH_NOARGS, "Begin the step on the calling thread."},
+    {"close", (PyCFunction)(void (*)(void))handle_close, METH_VARARGS | METH_KEYWORDS,
+     "End the step. `error` is the type of what went wrong in it."},
+    {"__enter__", (PyCFunction)handle_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))handle_exit, METH_FASTCALL, NULL},
+    {NULL},
+};
+
+static PyTypeObject Handle_Type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "otel_npu._native.Handle",
+    .tp_doc = "A step in the program's hands. Let go while it is open, it is closed.",
+    .tp_basicsize = sizeof(Handle),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = handle_new,
+    .tp_dealloc = (destructor)handle_dealloc,
+    .tp_members = handle_members,
+    .tp_methods = handle_methods,
+};
 
 /* Calls a method of an event pair with its stream's handle: a record. */
 static int record(PyObject *pair, PyObject *method, PyObject *stream)
@@ -329,6 +730,18 @@ static PyMethodDef stage_methods[] = {
     {NULL},
 };
 
+static PyTypeObject ThreadRecord_Type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "otel_npu._native.ThreadRecord",
+    .tp_basicsize = sizeof(ThreadRecord),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = PyType_GenericNew,
+    .tp_dealloc = (destructor)thread_dealloc,
+    .tp_traverse = (traverseproc)thread_traverse,
+    .tp_clear = (inquiry)thread_clear,
+    .tp_members = thread_members,
+};
+
 static PyTypeObject StepRecord_Type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "otel_npu._native.StepRecord",
@@ -339,6 +752,7 @@ static PyTypeObject StepRecord_Type = {
     .tp_traverse = (traverseproc)step_traverse,
     .tp_clear = (inquiry)step_clear,
     .tp_members = step_members,
+    .tp_methods = step_methods,
 };
 
 static PyTypeObject StageRecord_Type = {
@@ -514,8 +928,6 @@ static int put_other(Packet *packet, PyObject *object, PyObject *encode)
     return put;
 }
 
-static PyObject *str_device_index, *str_stream_id;
-
 static int put_attribute(Packet *packet, PyObject *object, PyObject *name)
 {
     PyObject *value = PyObject_GetAttr(object, name);
@@ -589,8 +1001,8 @@ static int put_step(Packet *packet, StepRecord *step, long long seen_ns, PyObjec
 {
     if (put_big_endian(packet, 0xdc, 18, 2) < 0 || put_raw(packet, "\xa4step", 5) < 0 ||
         put_ids(packet, step->ids) < 0 || put_byte(packet, step->bare ? 0xc3 : 0xc2) < 0 ||
-        put_rank(packet, step->rank) < 0 || put_int_object(packet, step->number) < 0 ||
-        put_text(packet, step->kind, text) < 0 || put_int_object(packet, step->opened_ns) < 0 ||
+        put_rank(packet, step->rank) < 0 || put_int(packet, step->number) < 0 ||
+        put_text(packet, step->kind, text) < 0 || put_int(packet, step->opened_ns) < 0 ||
         put_int(packet, step->closed_ns) < 0 || put_int(packet, seen_ns) < 0 ||
         put_error(packet, step->error, text) < 0 || put_other(packet, step->attributes, encode) < 0 ||
         put_links(packet, step, links_of, encode) < 0)
@@ -710,14 +1122,15 @@ static PyObject *read_events(PyObject *module, PyObject *args)
     return times;
 }
 
-static PyObject *use(PyObject *module, PyObject *variable)
+static PyObject *use(PyObject *module, PyObject *args)
 {
-    if (!PyContextVar_CheckExact(variable)) {
-        PyErr_SetString(PyExc_TypeError, "not a context variable");
+    PyObject *variable, *ids;
+    if (!PyArg_ParseTuple(args, "O!O!LL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &batch_steps, &batch_ns))
         return NULL;
-    }
     Py_INCREF(variable);
     GIVE(open_step, variable);
+    Py_INCREF(ids);
+    Py_XSETREF(Ids, (PyTypeObject *)ids);
     Py_RETURN_NONE;
 }
 
@@ -736,7 +1149,9 @@ static PyMethodDef functions[] = {
     {"new_stage", (PyCFunction)(void (*)(void))new_stage, METH_FASTCALL, "A stage to be entered."},
     {"pack", pack, METH_VARARGS, "Steps as one packet."},
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
-    {"use", use, METH_O, "Where the open step is."},
+    {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
+    {"seed", seed, METH_O, "Begin the random numbers anew, from 32 bytes."},
+    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, and how many steps or ns make a batch."},
     {"use_clock", use_clock, METH_O, "A clock in the place of the host's, for tests; None for the host's."},
     {NULL},
 };
@@ -750,21 +1165,13 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    static const struct { PyObject **name; const char *text; } names[] = {
-        {&str_again, "_enter_again"}, {&str_another_pair, "_another_pair"}, {&str_capture_check, "_capture_check"},
-        {&str_close, "close"}, {&str_current_stream_key, "current_stream_key"}, {&str_device_index, "device_index"},
-        {&str_free, "free"}, {&str_handle, "handle"}, {&str_handles, "handles"}, {&str_not_entered, "_not_entered"},
-        {&str_not_exited, "_not_exited"}, {&str_qualname, "__qualname__"}, {&str_record_end, "record_end"},
-        {&str_record_start, "record_start"}, {&str_side, "side"}, {&str_step, "_step"}, {&str_stream, "stream"},
-        {&str_stream_id, "stream_id"}, {&str_streams, "streams"}, {&str_timed, "timed"}, {&str_too_many, "_too_many"},
-    };
-    for (size_t index = 0; index < sizeof names / sizeof *names; index++)
-        if ((*names[index].name = PyUnicode_InternFromString(names[index].text)) == NULL)
-            return NULL;
+#define INTERN(name, text) \
+    if ((str_##name = PyUnicode_InternFromString(text)) == NULL) \
+        return NULL;
+    NAMES(INTERN)
     PyObject *module = PyModule_Create(&definition);
-    if (module == NULL || PyType_Ready(&StepRecord_Type) < 0 || PyType_Ready(&StageRecord_Type) < 0 ||
-        PyModule_AddObjectRef(module, "StepRecord", (PyObject *)&StepRecord_Type) < 0 ||
-        PyModule_AddObjectRef(module, "StageRecord", (PyObject *)&StageRecord_Type) < 0) {
+    if (module == NULL || PyModule_AddType(module, &Handle_Type) < 0 || PyModule_AddType(module, &StageRecord_Type) < 0 ||
+        PyModule_AddType(module, &StepRecord_Type) < 0 || PyModule_AddType(module, &ThreadRecord_Type) < 0) {
         Py_XDECREF(module);
         return NULL;
     }

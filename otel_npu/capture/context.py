@@ -10,6 +10,8 @@ import sys
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from otel_npu.native import native
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,9 +42,18 @@ NO_IDS: Final = Ids(b"", b"", b"", kept=False)
 # Of our own: a model's `random.seed()` must not repeat the ids. Not os.urandom() for each: it gives the GIL away, and
 # in an engine another thread then takes it and keeps the scheduler waiting, for 150 us a step.
 _random: Final = random.Random(os.urandom(32))  # noqa: S311
-new_bytes: Final = _random.randbytes
+new_bytes: Callable[[int], bytes] = _random.randbytes if native is None else native.random_bytes
 """So many random bytes, for ids."""
-os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(32)))
+
+
+def _seed() -> None:
+    _random.seed(os.urandom(32))
+    if native is not None:
+        native.seed(os.urandom(32))
+
+
+_seed()
+os.register_at_fork(after_in_child=_seed)
 
 
 def new_root(*, kept: bool = True) -> Ids:
@@ -60,25 +71,26 @@ class Limiter:
     """Lets so many steps a second pass, of each kind, so that a rare kind is seen beside a frequent one."""
 
     def __init__(self, per_second: float, now: Callable[[], int] = perf_counter_ns) -> None:
-        self._per_second = per_second
         self._now = now
-        self._burst = max(1.0, per_second)
-        self._tokens: dict[str, tuple[float, int]] = {}
+        self.dues: dict[str, int] = {}
+        """By kind: when the next one is due, should they come evenly."""
+        # One may come so much early: as many at once as a second allows. None ever may where there are none a second.
+        self.interval_ns = round(1e9 / per_second) if per_second else 0
+        self.slack_ns = round((max(1.0, min(per_second, 1e9)) - 1) * self.interval_ns) if per_second else -(1 << 62)
 
     def allow(self, kind: str) -> bool:
         """Whether a step of this kind may be a trace now."""
-        if self._per_second == 0:
-            return False
-        if self._per_second == float("inf"):
-            return True
         now = self._now()
-        if kind not in self._tokens and len(self._tokens) >= _MAX_KINDS:
-            kind = ""  # the many share one allowance
-        tokens, then = self._tokens.get(kind, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - then) * 1e-9 * self._per_second)
-        allowed = tokens >= 1
-        self._tokens[kind] = (tokens - 1 if allowed else tokens, now)
-        return allowed
+        due = self.dues.get(kind)
+        if due is None:
+            due = 0 if self.slack_ns >= 0 else 1 << 62
+            if len(self.dues) >= _MAX_KINDS:
+                kind = ""  # the many share one allowance
+                due = self.dues.get(kind, due)
+        if due - now > self.slack_ns:
+            return False
+        self.dues[kind] = max(due, now) + self.interval_ns
+        return True
 
 
 def active_span() -> Any:

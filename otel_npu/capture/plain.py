@@ -1,7 +1,7 @@
-"""What a stage and a step *are*, how a stage begins and ends, and how steps are packed: in Python.
+"""What a stage and a step *are*, how they begin and end, and how steps are packed: in Python.
 
 `_native.c` says the same where it is built; what changes here changes there. What happens seldom is said once, by
-`stages.Stage`, which derives from either.
+`steps.Step` and `stages.Stage`, which derive from either.
 
 A signal handler of the program's may raise between any two lines. So the way in and the way out are one `try` each, and
 what it leaves half done is undone.
@@ -10,7 +10,7 @@ what it leaves half done is undone.
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from otel_npu.capture.context import NO_IDS, open_step
 from otel_npu.wire.frames import MAX_STAGES
@@ -19,11 +19,44 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from typing_extensions import Self
+
     from otel_npu.capture.context import Ids
+
+NOT_OPENED: Final = -1
+BATCH_STEPS: Final = 8
+"""So many steps are resolved and sent at once, or fewer when the oldest has waited for `BATCH_NS`. See
+`benchmarks/step_cost.py`: what is run once between two steps is cold, and costs several times as much."""
+BATCH_NS: Final = 50_000_000
 
 _S = TypeVar("_S", bound="StageRecord")
 
 _new = object.__new__
+
+
+class ThreadRecord:
+    """One thread's steps.
+
+    Attributes:
+        thread: The thread, weakly.
+        open: Those that are open, by identity.
+        pending: Those that are closed and wait for the device, oldest first.
+        waiting_since_ns: When the oldest of them was closed, or one before it.
+        boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.
+        lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
+            handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
+        busy: Whether they are being resolved.
+    """
+
+    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread", "waiting_since_ns")
+
+    boundaries: int
+    busy: bool
+    lock: Any
+    open: dict[int, Any]
+    pending: Any
+    thread: Any
+    waiting_since_ns: int
 
 
 class StepRecord:
@@ -39,6 +72,8 @@ class StepRecord:
         requests: What it is linked to, as it was given.
         attributes: What the program says of it, taken when it was given.
         stages: Its stages.
+        outer: The step around it, if there is one.
+        thread: The one that it was opened on.
         opened_ns: Host time.
         closed_ns: Host time; 0 while it is open, -1 before.
         error: The type of what went wrong in it.
@@ -56,9 +91,11 @@ class StepRecord:
         "kind",
         "number",
         "opened_ns",
+        "outer",
         "rank",
         "requests",
         "stages",
+        "thread",
     )
 
     attributes: dict[str, Any] | None
@@ -71,9 +108,94 @@ class StepRecord:
     kind: str
     number: int
     opened_ns: int
+    outer: Any
     rank: Any
     requests: tuple[Any, ...]
     stages: list[Any]
+    thread: Any
+
+    def open(self) -> Self:
+        """Begin the step on the calling thread."""
+        if self.closed_ns != NOT_OPENED:
+            self._open_again()
+            return self
+        try:
+            capture = self.capture
+            self.outer = open_step.get()
+            if (self.outer is not None or capture.device_is_open_question) and not self._find_place():
+                return self
+            self.thread = thread = capture.local.thread
+            if not self.number:
+                self.number = next(capture.step_numbers)
+            if self.ids is None:
+                self.ids = self._choose()
+            self.opened_ns = perf_counter_ns()
+            self.closed_ns = 0
+            thread.open[id(self)] = self
+            open_step.set(self)
+        except BaseException as error:
+            self._not_opened(error)
+        return self
+
+    def close(self, error: type[BaseException] | None = None) -> None:
+        """End the step: it waits for the device now. `error` is the type of what went wrong in it."""
+        if self.closed_ns != 0:
+            return
+        thread = self.thread
+        self.error = error
+        # If a signal handler raises from here on, the idle thread finds a closed step among the open ones.
+        self.closed_ns = closed_ns = perf_counter_ns()
+        if open_step.get() is self:
+            open_step.set(self.outer)
+        thread.pending.append(self)
+        thread.open.pop(id(self), None)
+        self.capture.step_closed(thread, closed_ns)
+
+    def _open_again(self) -> None:
+        raise NotImplementedError
+
+    def _find_place(self) -> bool:
+        raise NotImplementedError
+
+    def _choose(self) -> Ids | None:
+        raise NotImplementedError
+
+    def _not_opened(self, error: BaseException) -> None:
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Nobody can close it any more."""
+        raise NotImplementedError
+
+
+class Handle:
+    """A step in the program's hands. Let go while it is open, because a signal handler raised, it is closed."""
+
+    __slots__ = ("step",)
+
+    def __init__(self, step: StepRecord) -> None:
+        self.step = step
+
+    def open(self) -> Handle:
+        """Begin the step on the calling thread."""
+        self.step.open()
+        return self
+
+    def close(self, error: type[BaseException] | None = None) -> None:
+        """End the step. `error` is the type of what went wrong in it."""
+        self.step.close(error)
+
+    def __enter__(self) -> None:
+        self.step.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.step.close(kind)
+
+    def __del__(self) -> None:
+        if self.step.closed_ns == 0:
+            self.step.let_go()
 
 
 class StageRecord:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import announce, semconv
 from otel_npu.capture.idle import IdleThread
+from otel_npu.capture.records import BATCH_NS, BATCH_STEPS
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.shared import MAX_PENDING, Capture
 from otel_npu.drops import Drops
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from otel_npu.settings import Settings
 
 EXIT_SECONDS: Final = 2.0
-BATCH_STEPS: Final = 8
-"""So many steps are resolved and sent at once, or fewer when the oldest has waited for `BATCH_NS`. See
-`benchmarks/step_cost.py`: what is run once between two steps is cold, and costs several times as much."""
-BATCH_NS: Final = 50_000_000
 _STEPS_PER_BOUNDARY: Final = 16  # with some to catch up after the device has been behind
 _LONGEST_WAIT: Final = 3600.0
 

@@ -6,15 +6,30 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_npu.capture import context
+from otel_npu.capture.plain import BATCH_NS, BATCH_STEPS
 from otel_npu.native import native
 
 if TYPE_CHECKING or native is None:
-    from otel_npu.capture.plain import StageRecord, StepRecord, new_stage, pack
+    from otel_npu.capture.plain import Handle, StageRecord, StepRecord, ThreadRecord, new_stage, pack
 else:
-    StageRecord, StepRecord, new_stage, pack = native.StageRecord, native.StepRecord, native.new_stage, native.pack
-    native.use(context.open_step)
+    Handle, StageRecord, StepRecord = native.Handle, native.StageRecord, native.StepRecord
+    ThreadRecord, new_stage, pack = native.ThreadRecord, native.new_stage, native.pack
+    native.use(context.open_step, context.Ids, BATCH_STEPS, BATCH_NS)
 
-__all__ = ["NO_RANK", "STAGE_FIELDS", "Rank", "StageRecord", "StepRecord", "abandoned", "new_stage", "pack"]
+__all__ = [
+    "BATCH_NS",
+    "BATCH_STEPS",
+    "NO_RANK",
+    "STAGE_FIELDS",
+    "Handle",
+    "Rank",
+    "StageRecord",
+    "StepRecord",
+    "ThreadRecord",
+    "abandoned",
+    "new_stage",
+    "pack",
+]
 
 STAGE_FIELDS: Final = (
     "attributes",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import devices, semconv
 from otel_npu.capture import context
 from otel_npu.capture.interrupts import from_outside
+from otel_npu.capture.records import ThreadRecord
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool, Stream
 from otel_npu.drops import Drops
@@ -27,25 +28,15 @@ MAX_PENDING: Final = 1000  # steps of one thread that the device has not finishe
 _MAX_STREAMS: Final = 1024
 
 
-class Thread:
-    """One thread's steps.
+class Thread(ThreadRecord):
+    """One thread's steps, from the first on."""
 
-    Attributes:
-        open: Those that are open, by identity.
-        pending: Those that are closed and wait for the device, oldest first.
-        waiting_since_ns: When the oldest of them was closed, or one before it.
-        boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.
-        lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
-            handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
-        busy: Whether they are being resolved.
-    """
-
-    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread", "waiting_since_ns")
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.thread = weakref.ref(threading.current_thread())
-        self.open: dict[int, Any] = {}
-        self.pending: deque[Any] = deque()
+        self.open = {}
+        self.pending = deque()
         self.waiting_since_ns = 0
         self.boundaries = 0
         self.busy = False
@@ -81,6 +72,7 @@ class Capture:
         self.running = True
         self.threads: list[Thread] = []
         self.local = _Local(self.threads)
+        self.root_traces = settings.root_traces
         self.limiter = context.Limiter(settings.steps_per_second)
         self.device_is_open_question = device is None
         self.use_device(device or Cpu())

@@ -16,9 +16,9 @@ from otel_npu.capture.decorate import maker
 from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.off import OffStage, OffStep
 from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
-from otel_npu.capture.records import new_stage
+from otel_npu.capture.records import Handle, new_stage
 from otel_npu.capture.stages import Stage
-from otel_npu.capture.steps import Handle, Step
+from otel_npu.capture.steps import Step
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import otel_npu
+from otel_npu.capture.records import Handle
 from otel_npu.capture.resolver import _done
 from otel_npu.capture.stages import Stage
-from otel_npu.capture.steps import MAX_DEPTH, Handle
+from otel_npu.capture.steps import MAX_DEPTH
 from otel_npu.drops import Drops
 from otel_npu.wire import frames
 from otel_npu.wire.frames import MAX_STAGES
@@ -847,7 +848,7 @@ class TestFaults:
         with otel_npu.step("bad"):
             captured.stage("forward")
         captured.stage("later")
-        captured.recorder.local.thread.pending[1].number = object()  # can't be encoded
+        captured.recorder.local.thread.pending[1].rank = object()  # can't be encoded
         captured.finish(lost=True)
         assert [names(step) for step in captured.steps()] == [["before"], ["later"]]
         assert captured.dropped() == {"internal_error": 1}
