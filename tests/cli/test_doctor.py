@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +32,9 @@ from tests.helpers.doctored import (
 from tests.helpers.traced import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from tests.helpers.receiver import Receiver
 
 VLLM_HOOKS = [hook for hook in HOOKS if hook.package == "vllm" and hooks.in_range(hook, "0.32.0")]
 NOT_NEEDED = "not_applicable"
@@ -328,7 +333,57 @@ class TestTheRelay:
         assert {report[check]["status"] for check in ("socket folder", "relay")} == {NOT_NEEDED}
 
 
+class TestARunningServer:
+    @pytest.fixture
+    def server(self, receiver: Receiver) -> Iterator[subprocess.Popen[bytes]]:
+        """What looks like the relay of a server that was told its endpoint by a flag."""
+        told = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://me:secret@127.0.0.1:{receiver.grpc_port}"}
+        command = [sys.executable, "-c", "import time; time.sleep(120)", "-m", "otel_npu.relay", "--life", "3"]
+        process = subprocess.Popen(command, env={**os.environ, **told})
+        yield process
+        process.kill()
+        process.wait()
+
+    def test_it_is_told_where_that_ones_relay_sends_and_that_is_tried(
+        self, server: subprocess.Popen[bytes], receiver: Receiver
+    ) -> None:
+        report = doctor({"OTEL_NPU_DEVICE": "cpu"})
+        where = f"http://***@127.0.0.1:{receiver.grpc_port} (grpc)"
+        assert report["running relay"]["found"] == f"process {server.pid} sends to {where}"
+        assert report["endpoint"]["status"] == "ok", report["endpoint"]
+        assert report["endpoint"]["found"].endswith(f", as process {server.pid} does")
+        assert "secret" not in report.output
+        assert receiver.named("doctor_test")
+
+    def test_an_endpoint_in_the_environment_counts_more(self, server: subprocess.Popen[bytes]) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            given = f"http://127.0.0.1:{taken.getsockname()[1]}"
+            report = doctor({"OTEL_NPU_DEVICE": "cpu", "OTEL_EXPORTER_OTLP_ENDPOINT": given})
+        assert report["endpoint"]["status"] == "failed"
+
+    def test_without_one_there_is_no_such_row(self) -> None:
+        assert not doctor(QUICK).all_of("running relay")
+
+
 class TestTheCommand:
+    def test_checks_that_say_the_same_are_one_row(self) -> None:
+        done = run_doctor(environment=QUICK)
+        [row] = [line for line in done.stdout.splitlines() if "not used: OTEL_NPU_DEVICE=cpu" in line]
+        assert row.endswith("(torch_npu, CANN library, devices, timing events, device clock too)")
+
+    def test_a_service_without_a_name_is_worth_a_look(self) -> None:
+        [nameless] = doctor(QUICK).all_of("service name")
+        assert nameless["status"] == "warning"
+        assert "set OTEL_SERVICE_NAME" in nameless["cure"]
+        for named in ({"OTEL_SERVICE_NAME": "vllm"}, {"OTEL_RESOURCE_ATTRIBUTES": "service.name=vllm"}):
+            assert doctor({**QUICK, **named})["service name"] == {
+                "check": "service name",
+                "status": "ok",
+                "found": "vllm",
+                "cure": "",
+            }
+
     def test_nothing_is_left_behind(self, tmp_path: Path) -> None:
         folders = {name: tmp_path / name for name in ("XDG_RUNTIME_DIR", "HOME", "TMPDIR", "here")}
         for folder in folders.values():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from otel_npu.cli.doctor import apart, engine, runtime, screen, settings
+from otel_npu.cli.doctor import apart, engine, running, runtime, screen, settings
 from otel_npu.cli.doctor.findings import Finding, failed, ok
 from otel_npu.secrets import masked
 
@@ -32,17 +32,19 @@ def run(*, json: bool) -> int:
 def _all_findings() -> list[Finding]:
     with ThreadPoolExecutor(len(apart.AREAS)) as pool:
         accelerator, relay, endpoint = (pool.submit(apart.run, area) for area in ("accelerator", "relay", "endpoint"))
-        quick = [list(check()) for check in (settings.tracing, settings.environment, runtime.folder)]
+        quick = [list(check()) for check in (settings.tracing, settings.service, settings.environment, runtime.folder)]
         vllm = [*engine.versions(), *engine.targets(), *engine.plugin()]
-        tracing, environment, folder = quick
+        tracing, service, environment, folder = quick
         return [
             *_python(),
             *accelerator.result(),
             *vllm,
             *tracing,
+            *service,
             *environment,
             *folder,
             *relay.result(),
+            *running.checks(),
             *endpoint.result(),
         ]
 

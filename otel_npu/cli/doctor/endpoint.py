@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu._version import __version__
-from otel_npu.cli.doctor import diagnosis
+from otel_npu.cli.doctor import diagnosis, running
 from otel_npu.cli.doctor.findings import Finding, failed, first_line, not_applicable, ok, warning
-from otel_npu.cli.doctor.target import GENERAL, SPECIFIC, Target
+from otel_npu.cli.doctor.target import GENERAL, SPECIFIC, Target, given_by
+from otel_npu.secrets import masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +32,20 @@ _EXPORT_SECONDS: Final = 4
 
 
 def checks() -> Iterator[Finding]:
-    """Send one span with each exporter that the environment names."""
+    """Send one span with each exporter that the environment names.
+
+    Where it names no endpoint and a relay runs, the relay's are tried: a server may have been told elsewhere.
+    """
+    relay = next(running.relays(), None) if not given_by("ENDPOINT") else None
+    if relay is not None:
+        names = ("OTEL_EXPORTER_OTLP_", "OTEL_TRACES_EXPORTER")
+        os.environ.update({name: value for name, value in relay.environment.items() if name.startswith(names)})
+    for finding in _of_exporters():
+        whose = "" if relay is None else f", as process {relay.pid} does"
+        yield replace(finding, found=masked(finding.found + whose), cure=masked(finding.cure))
+
+
+def _of_exporters() -> Iterator[Finding]:
     names = os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or "otlp"
     for name in filter(None, (name.strip() for name in names.split(","))):
         if name == "none":

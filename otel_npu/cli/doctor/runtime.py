@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from otel_npu.cli.doctor.findings import Finding, failed, first_line, not_applicable, ok
+from otel_npu.cli.doctor.running import OWN
 from otel_npu.cli.doctor.settings import wanted_export
 from otel_npu.wire import rendezvous
 
@@ -82,7 +83,9 @@ def _run_one() -> None:
     base = rendezvous.socket_folder().parent
     # Not the folder of the real sockets: a lock file would stay in it.
     with tempfile.TemporaryDirectory(dir=base, prefix=f"{rendezvous.socket_folder().name}-") as place:
-        connection, relay, _ = rendezvous.connect_or_start(Path(place, "s.sock"), {"OTEL_TRACES_EXPORTER": "none"})
+        connection, relay, _ = rendezvous.connect_or_start(
+            Path(place, "s.sock"), {"OTEL_TRACES_EXPORTER": "none", OWN: "1"}
+        )
         assert relay is not None
         try:
             with connection:

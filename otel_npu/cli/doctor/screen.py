@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from collections import Counter
@@ -15,7 +16,7 @@ from otel_npu._version import __version__
 from otel_npu.cli.doctor.findings import Finding, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _STYLES: Final = {
     Status.OK: ("\N{CHECK MARK}", "ok", "green"),
@@ -30,7 +31,7 @@ def show(findings: Sequence[Finding]) -> None:
     """Print a line for each finding, and the cure below what is wrong."""
     console = Console(highlight=False)
     unicode = console.encoding.lower().startswith("utf")
-    for finding in findings:
+    for finding in _joined(findings):
         sign, word, style = _STYLES[finding.status]
         mark = sign if unicode else f"{word:<6}"
         head = f"{mark} {finding.check:<{_NAME_COLUMNS}} "
@@ -42,6 +43,13 @@ def show(findings: Sequence[Finding]) -> None:
             arrow = "\N{RIGHTWARDS ARROW}" if unicode else "->"
             console.print(Text(_wrapped(console, f"{'':<{len(head)}}{arrow} ", finding.cure), "bold"), soft_wrap=True)
     console.print(Text(f"\n{_summary(findings)}", "bold"), soft_wrap=True)
+
+
+def _joined(findings: Sequence[Finding]) -> Iterator[Finding]:
+    """The findings, those that say the same one after the other as one row."""
+    for (status, found, cure), group in itertools.groupby(findings, lambda one: (one.status, one.found, one.cure)):
+        first, *others = (finding.check for finding in group)
+        yield Finding(first, status, f"{found} ({', '.join(others)} too)" if others else found, cure)
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+
 from otel_npu import settings
 from otel_npu.cli.doctor.findings import Finding, failed, ok, warning
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TRACING: Final = "tracing"
+SERVICE: Final = "service name"
 ENVIRONMENT: Final = "environment"
 
 _PREFIX: Final = "OTEL_NPU_"
@@ -46,6 +49,16 @@ def tracing() -> Iterator[Finding]:
         yield ok(TRACING, f"on: {on[0]}={os.environ[on[0]]}")
     else:
         yield warning(TRACING, "off in this environment", f"set {settings.ENABLED}=1 where the program starts")
+
+
+def service() -> Iterator[Finding]:
+    """Whether the service has a name, by which its traces are searched."""
+    name = str(Resource.create().attributes.get(SERVICE_NAME, ""))
+    if name.startswith("unknown_service"):
+        cure = f"set OTEL_SERVICE_NAME, for example to vllm: else it is {name!r} that one has to search for"
+        yield warning(SERVICE, "it has no name in this environment", cure)
+    else:
+        yield ok(SERVICE, name)
 
 
 def environment() -> Iterator[Finding]:
