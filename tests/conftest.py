@@ -92,7 +92,7 @@ def run_program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
     """Runs a program in a process of its own, in this environment and what is added to it."""
 
     def run(
-        source: str, environment: Mapping[str, str] | None = None, *, timeout: float = 60, check: bool = True
+        source: str, environment: Mapping[str, str] | None = None, *, timeout: float = 300, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*program(tmp_path, source)],

@@ -100,7 +100,7 @@ def test_a_documented_command_runs(checkout: Path, receiver: Receiver, command: 
     environment = {name: value for name, value in os.environ.items() if name != "OTEL_NPU_SESSION"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "-c", given], cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
+        ["bash", "-c", given], cwd=checkout, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, f"{given}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     if _OTLP in command:

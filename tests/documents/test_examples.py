@@ -27,7 +27,7 @@ def run(example: str, *arguments: str, **environment: str) -> subprocess.Complet
         env={**os.environ, "OTEL_NPU_ENABLED": "1", "OTEL_NPU_STEPS_PER_SECOND": "all", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

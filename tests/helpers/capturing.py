@@ -60,7 +60,7 @@ class Tracing:
     def finish(self, *, lost: bool = False) -> None:
         """The device finishes all that was launched, and the relay gets all that was captured and not lost."""
         self.clock.ns += 3600 * SECOND
-        assert otel_npu.flush(20) is not lost
+        assert otel_npu.flush(120) is not lost
 
     def stage(self, name: str, duration_ns: int = MILLISECOND, /, **attributes: Any) -> None:
         """A stage with one kernel of this length."""
@@ -138,7 +138,7 @@ def chosen(**settings: Any) -> Settings:
     return Settings(**{"export": "inprocess", "steps_per_second": math.inf, **settings})
 
 
-def wait_until(condition: Callable[[], object], timeout_seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 120.0) -> None:
     """Return once the condition holds.
 
     Raises:

@@ -150,7 +150,7 @@ class Receiver:
         """The spans of this name so far."""
         return [span for span in self.spans if span.name == name]
 
-    def wait_for(self, count: int, name: str | None = None, timeout_seconds: float = 20.0) -> list[Span]:
+    def wait_for(self, count: int, name: str | None = None, timeout_seconds: float = 120.0) -> list[Span]:
         """The spans (of this name), once there are at least so many.
 
         Raises:

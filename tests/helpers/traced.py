@@ -19,7 +19,7 @@ from tests.helpers import REPOSITORY
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 # A worker does what it is told, one line at a time, and answers each line. At the end of its input it exits orderly.
 WORKER = '''\
