@@ -16,10 +16,10 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-quick faults check bench clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## Run an inference loop on a simulated NPU and show its trace
 	$(BIN)/otel-npu demo
@@ -28,6 +28,12 @@ setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 
 test: $(VENV)/.test ## Run all tests
 	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/.test ## Run the tests that are quick: under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
+	FAULTS=full $(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.test ## Run lint, format and type checks
 	$(BIN)/ruff check .
@@ -55,11 +61,13 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
+# The project once more, beside the tests' tools, so that the versions that they pin agree. What vLLM asks for and does not
+# get (see above) is no news.
 # What can't be had here (gcc, or torch_npu, which has wheels for Linux only) has its tests skipped, and says so.
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing the tests' tools, torch, torch_npu, vLLM and a collector: some minutes the first time ..."
 	@command -v gcc >/dev/null || echo "No gcc here: the tests on the real torch_npu binding will be skipped."
-	$(BIN)/pip install --quiet --group dev
+	$(BIN)/pip install --quiet --no-warn-conflicts --editable . --group dev
 	$(BIN)/pip install --quiet $(TORCH)+cpu 2>/dev/null || \
 		$(BIN)/pip install --quiet $(TORCH) --extra-index-url $(TORCH_INDEX)
 	@if $(BIN)/python -c 'import sys, sysconfig; sys.exit(not ($(VLLM_PLATFORM)))'; then \

@@ -45,7 +45,7 @@ _HOT_STEPS, _COLD_STEPS = 512, 32
 INSIDE: Final[dict[str, tuple[str, ...]]] = {
     "resolve": ("otel_npu.capture.resolver:Resolver.resolve",),
     "read the device's times": ("otel_npu.capture.resolver:Resolver._read",),
-    "make the frame": ("otel_npu.capture.resolver:Resolver._frame",),
+    "make the frame": ("otel_npu.capture.resolver:Resolver._frame", "otel_npu.capture.resolver:Resolver._pack"),
     "encode": ("otel_npu.wire.frames:encode",),
     "queue and lock of the channel": ("otel_npu.wire.channel:Channel.send",),
     "the kernel's send": ("otel_npu.wire.channel:_send",),

@@ -14,6 +14,8 @@ from tests.helpers.traced import Programs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 INSTRUMENT = Path(sys.executable).with_name("opentelemetry-instrument")
 
 # Speaks before and after tracing is on, and traces a step inside a span of its own.

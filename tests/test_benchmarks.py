@@ -7,12 +7,16 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from benchmarks import comparing
 from tests.helpers import REPOSITORY
 from tests.helpers.vllm_server import needs_vllm
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 
 def run(*arguments: str) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     RunProgram = Callable[..., subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2000
 STAGES = ("prepare_input", "forward", "post_process", "sample", "draft")
 

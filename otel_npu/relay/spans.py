@@ -146,7 +146,8 @@ class SpanMaker:
             trace_id: The trace of the spans.
             parent: The span around the outermost, if there is one.
             unix_ns: Unix time minus the host's monotonic time.
-            first: The ids of the first stage's span, if they are given.
+            first: The ids of the first stage's span, if they are given. Without a parent it is the root of the trace,
+                and stages that merely overlap with it are its children all the same.
             links: Links of the outermost.
             more: What the span of each stage says beside what was measured.
             kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
@@ -170,7 +171,7 @@ class SpanMaker:
                 self.span(
                     stage.name if stage.device_ns is not None else stage.name + on_host,
                     contexts[index],
-                    contexts[stage.parent] if stage.parent >= 0 else parent,
+                    contexts[stage.parent] if stage.parent >= 0 else parent or (first if index else None),
                     attributes,
                     (place.start_ns + unix_ns, place.end_ns + unix_ns),
                     own_attributes=stage.attributes,

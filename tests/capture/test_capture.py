@@ -926,6 +926,7 @@ def test_the_idle_thread_resolves_when_no_step_comes(captured: Captured) -> None
     wait_until(lambda: captured.sent)
 
 
+@pytest.mark.slow
 def test_memory_and_events_stay_as_they_are_over_a_million_stages(run_program: Callable[..., Any]) -> None:
     done = run_program(
         """

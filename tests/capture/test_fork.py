@@ -149,6 +149,7 @@ def test_the_ids_of_a_forked_child_are_its_own(run_program: Callable[..., Any]) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_what_a_child_of_multiprocessing_has_captured_arrives_when_it_ends(
     method: str, receiver: Receiver, run_program: Callable[..., Any]

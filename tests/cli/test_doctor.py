@@ -84,6 +84,7 @@ class TestTheDevice:
         assert report["torch_npu"]["status"] == "ok"
         assert_red(report["CANN library"], "can't be found", "set_env.sh")
 
+    @pytest.mark.slow
     def test_a_library_without_the_timestamp_call(self, libraries: Path, tmp_path: Path) -> None:
         older = tmp_path / "lib"
         shutil.copytree(libraries, older)
@@ -94,6 +95,7 @@ class TestTheDevice:
         assert str(library) in report["CANN library"]["found"]
         assert report["timing events"]["status"] == "warning"
 
+    @pytest.mark.slow
     def test_a_device_that_works(self, libraries: Path) -> None:
         report = doctor({"OTEL_TRACES_EXPORTER": "none", "LD_LIBRARY_PATH": str(libraries)})
         assert {check: report[check]["status"] for check in accelerator.CHECKS} == dict.fromkeys(
@@ -178,6 +180,7 @@ class TestVllm:
         assert_red(report["vLLM hooks"], "OutputProcessor.do_tracing in vllm.v1.engine.output_processor", "otel-npu")
         assert f"1 of {len(VLLM_HOOKS)} targets" in report["vLLM hooks"]["found"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("plugins", ["other", "", "other, otel_npu"])
     def test_a_plugin_that_is_excluded(self, stub_vllm: Callable[..., str], plugins: str) -> None:
         report = doctor({**QUICK, "PYTHONPATH": stub_vllm(), "VLLM_PLUGINS": plugins})
@@ -384,6 +387,7 @@ class TestTheCommand:
                 "cure": "",
             }
 
+    @pytest.mark.slow
     def test_nothing_is_left_behind(self, tmp_path: Path) -> None:
         folders = {name: tmp_path / name for name in ("XDG_RUNTIME_DIR", "HOME", "TMPDIR", "here")}
         for folder in folders.values():
@@ -444,6 +448,7 @@ class TestSecrets:
         assert masked(text, self.ENVIRONMENT) == text
         assert masked("http://a:b@host:1/x", {}) == "http://***@host:1/x"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("arguments", [["--json"], []])
     def test_none_is_in_what_the_command_prints(self, arguments: list[str]) -> None:
         environment = {

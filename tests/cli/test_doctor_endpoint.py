@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Receiver
 
+pytestmark = pytest.mark.slow
+
 LOCALHOST = "127.0.0.1"
 EXPORTED = {name: value for name, value in QUICK.items() if name != "OTEL_TRACES_EXPORTER"}
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Receiver
 
+pytestmark = pytest.mark.slow
+
 POD: Final = manifests.one("vllm", "Deployment", "vllm")["spec"]["template"]["spec"]
 SHARED: Final = manifests.config_maps("vllm")["otel-npu"]
 RELAY: Final = POD["initContainers"][0]

@@ -401,6 +401,7 @@ class TestBypassingTheTaskQueue:
 
 
 class TestFailures:
+    @pytest.mark.slow
     def test_a_failed_launch_is_raised_once_by_the_next_record_and_then_nothing_runs(self, ascend: Simulator) -> None:
         printed = in_process(f"""
             ascend.fail("launch", {DEVICE_ERROR})
@@ -422,6 +423,7 @@ class TestFailures:
             "records that ran: 0",
         ]
 
+    @pytest.mark.slow
     def test_a_failed_record_is_raised_by_the_next_launch_and_its_event_is_ready(self, ascend: Simulator) -> None:
         printed = in_process(f"""
             fresh = torch.Event(device="npu", enable_timing=True)

@@ -100,6 +100,7 @@ def test_without_torch_the_host_is_timed_until_a_device_is_known(run_program: Ca
     assert done.stdout == "cpu True True\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ascend")
 def test_the_npu_is_used_from_when_the_program_has_chosen_it_and_not_before(run_program: Callable[..., Any]) -> None:
     done = run_program(
@@ -128,6 +129,7 @@ def test_the_npu_is_used_from_when_the_program_has_chosen_it_and_not_before(run_
     assert int(records) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ascend")
 def test_a_device_that_is_not_here_is_one_clear_line_and_the_program_runs_on(run_program: Callable[..., Any]) -> None:
     done = run_program(
@@ -308,6 +310,7 @@ class TestNpu:
         assert step.stages[0].duration_ns == pytest.approx(4 * MILLISECOND, abs=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ascend")
 def test_a_failed_launch_of_the_models_reaches_the_model_once_and_tracing_is_off(
     run_program: Callable[..., Any],

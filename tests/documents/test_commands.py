@@ -18,6 +18,8 @@ from tests.helpers import REPOSITORY
 if TYPE_CHECKING:
     from tests.helpers.receiver import Receiver
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = ("README.md", "deploy/README.md", "docs/vllm.md", "docs/python.md", "docs/costs.md")
 _COMMAND = r"(?:[A-Z_]+=\S+ )*(?:export|make|pip|python|otel-npu|vllm serve|docker|kubectl)\b"
 _OTLP = "http://localhost:4317"

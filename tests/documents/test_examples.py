@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from tests.helpers.receiver import Receiver
 
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed"),
+]
 
 
 def run(example: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

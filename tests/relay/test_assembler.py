@@ -408,6 +408,7 @@ def place_of(given_stage: frames.Stage) -> tuple[int, int, bool]:
 
 
 @settings(deadline=None)
+@pytest.mark.slow
 @given(hosts, st.lists(st.tuples(mixed_ways, st.integers(0, 3 * MS)), min_size=1, max_size=4))
 def test_no_span_breaks_causality(host: Host, steps: list[tuple[list[Work], int]]) -> None:
     """Any nesting, two streams on each of two devices, and stages that only the host times."""
@@ -419,6 +420,7 @@ def test_no_span_breaks_causality(host: Host, steps: list[tuple[list[Work], int]
 
 
 @settings(deadline=None)
+@pytest.mark.slow
 @given(hosts, st.lists(st.tuples(ways, st.integers(0, 3 * MS)), min_size=1, max_size=4))
 def test_on_one_stream_each_span_is_where_it_was_within_its_uncertainty(
     host: Host, steps: list[tuple[list[Work], int]]

@@ -80,6 +80,7 @@ drifts = st.one_of(st.floats(-150, 150), st.sampled_from([0.0, 5.0, -5.0, 50.0, 
 starts = st.integers(0, 40 * DAY)
 
 
+@pytest.mark.slow
 @given(bounds, drifts, starts, starts, st.sampled_from([0, 20, 1000]))
 @settings(deadline=None, max_examples=300)
 def test_the_truth_is_within_the_uncertainty_which_is_never_negative(
@@ -102,6 +103,7 @@ def test_the_truth_is_within_the_uncertainty_which_is_never_negative(
     assert clock.resets == 0
 
 
+@pytest.mark.slow
 @given(bounds, st.lists(st.floats(-1, 1), min_size=20, max_size=20), st.floats(-150, 150), starts)
 @settings(deadline=None, max_examples=300)
 def test_the_truth_stays_within_while_the_oscillator_wanders_by_up_to_its_limit(
@@ -283,6 +285,7 @@ def test_where_every_bound_is_a_corner_they_are_thinned_and_the_truth_stays_with
 # Jumps and outliers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ppm", [0, 150])
 @pytest.mark.parametrize("jump_ns", [-5 * DAY, 5 * DAY, -5 * S, 5 * S, -5 * MS, 5 * MS, -200 * US, 200 * US])
 def test_after_a_jump_spans_are_right_again_within_two_seconds(jump_ns: int, ppm: int) -> None:
@@ -333,6 +336,7 @@ def test_a_span_is_placed_by_the_new_clock_before_the_reset_is_certain() -> None
     assert covers(placed(clock, S, near_host_ns=new(S) - 20 * MS), new(S))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error_ns", [-DAY, -S, -10 * MS, -200 * US, 200 * US, 10 * MS, S, DAY])
 @pytest.mark.parametrize("which", ["lower", "upper"])
 def test_a_single_wrong_bound_changes_nothing(error_ns: int, which: str) -> None:
@@ -416,6 +420,7 @@ def test_two_wrong_bounds_far_apart_are_not_a_jump() -> None:
 # How it does over time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ppm", [0, 5, 50, 150])
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_with_a_ping_a_second_spans_are_placed_within_microseconds(ppm: int, one_sided: bool) -> None:
@@ -428,6 +433,7 @@ def test_with_a_ping_a_second_spans_are_placed_within_microseconds(ppm: int, one
     assert clock.resets == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ppm", [0, 5, 50, 150])
 def test_without_pings_an_idle_moment_a_second_is_enough(ppm: int) -> None:
     clock = DeviceClock(US)
@@ -437,6 +443,7 @@ def test_without_pings_an_idle_moment_a_second_is_enough(ppm: int) -> None:
     assert clock.resets == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pings", [True, False])
 def test_a_board_that_warms_up_and_cools_down_is_followed(pings: bool) -> None:
     """10 ppm a minute at most: the rate swings by 50 ppm within half an hour."""
@@ -454,6 +461,7 @@ def test_a_board_that_warms_up_and_cools_down_is_followed(pings: bool) -> None:
     assert run.p99_error <= (50 if pings else 500)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_observations() -> None:
     rng = random.Random(5)
     host = line(80, 0, DAY)

@@ -272,6 +272,7 @@ def test_engines_have_their_own_steps(joined: Joined) -> None:
     assert [span.resource.attributes["process.pid"] for span in joined.spans] == [99, 1]
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_100000_steps(joined: Joined) -> None:
     for number in range(1, 100_001):
         joined.schedule(number, trace_id=b"")

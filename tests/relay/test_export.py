@@ -570,6 +570,7 @@ def test_an_unknown_protocol_is_an_error_that_says_what_there_is(variable: str) 
 # From a program's environment to the receiver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_spans_arrive_over(programs: Programs, receiver: Receiver, protocol: str) -> None:
     worker = programs.start(receiver.grpc_environment if protocol == "grpc" else receiver.http_environment)
@@ -595,6 +596,7 @@ def test_the_file_exporter_writes_otlp_json(programs: Programs) -> None:
     assert [span["name"] for span in resource_spans["scopeSpans"][0]["spans"]] == ["forward", "worker_step"]
 
 
+@pytest.mark.slow
 def test_two_exporters_get_the_same_spans(programs: Programs, receiver: Receiver) -> None:
     worker = programs.start({**receiver.grpc_environment, "OTEL_TRACES_EXPORTER": "otlp,console"})
     worker.tell("steps(1) and otel_npu.flush(20)")
@@ -610,6 +612,7 @@ def test_with_no_exporter_stages_are_still_captured_and_resolved(programs: Progr
     assert programs.log.count("Profile execute duration [Decode]: [forward]:") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "complaint"),
     [

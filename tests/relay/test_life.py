@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Receiver, Span
 
+pytestmark = pytest.mark.slow
+
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 NOBODY = 65534
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Receiver, Span
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Iterator[Programs]:

@@ -655,6 +655,7 @@ def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, mo
     assert [parent_id(span) for span in joined.named("queue")] == [1]
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_100000_requests(joined: Joined) -> None:
     def alive() -> int:
         gc.collect()

@@ -44,6 +44,7 @@ ENVIRONMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
 def test_the_resource_has_all_that_the_processs_own_sdk_would_say(
     programs: Programs, receiver: Receiver, environment: dict[str, str]
@@ -72,6 +73,7 @@ def test_the_resource_says_which_process_and_which_device(programs: Programs, re
     assert len(resource["service.instance.id"]) == 36
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_cost_no_spans(programs: Programs, receiver: Receiver) -> None:
     worker = programs.start({**receiver.grpc_environment, "OTEL_SERVICE_NAME": "Br\udcfcmm"})
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True

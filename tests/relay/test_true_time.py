@@ -54,6 +54,7 @@ UNPINGED = {
 
 
 class TestOnAFakeClock:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", PINGED)
     def test_with_pings_spans_lie_within_microseconds_of_the_truth(self, name: str) -> None:
         run = serve(PINGED[name])
@@ -67,6 +68,7 @@ class TestOnAFakeClock:
         assert figures.median_uncertainty < 100
         assert 0.6 < run.pings / PINGED[name].seconds <= 1.1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", UNPINGED)
     def test_without_any_ping_an_idle_moment_a_second_will_do(self, name: str) -> None:
         run = serve(UNPINGED[name])
@@ -75,6 +77,7 @@ class TestOnAFakeClock:
         assert figures.p99_error <= 500
         assert figures.within >= 0.999
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pings", [True, False])
     @pytest.mark.parametrize(("ppm", "offset_ns"), [(0, 123 * S), (150, 3 * DAY), (-150, -3 * DAY)])
     def test_after_a_device_reset_spans_are_right_again_within_two_seconds(
@@ -401,6 +404,7 @@ def real(loaded_ascend: Simulator, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class TestOnTheRealBinding:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in CASES if name not in ("device reset", "two devices")])
     def test_the_truth_lies_within_the_stated_uncertainty(self, name: str, real: tuple[Receiver, Any]) -> None:
         receiver, results = real

@@ -21,7 +21,7 @@ from tests.helpers.vllm_server import ROOMY, Server, free_port, needs_vllm, vllm
 if TYPE_CHECKING:
     from tests.helpers.receiver import Span
 
-pytestmark = needs_vllm
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 needs_instrumentation = pytest.mark.skipif(
     importlib.util.find_spec("opentelemetry.instrumentation") is None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Span
 
-pytestmark = needs_vllm
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 EVERY_STEP = {"OTEL_NPU_STEPS_PER_SECOND": "all"}
 

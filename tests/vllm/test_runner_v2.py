@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.helpers.vllm_server import needs_vllm, vllm_environment
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
-pytestmark = needs_vllm
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 FORWARD = {"self.model", "self.ubatch_runner.run", "self.cudagraph_manager.run_pw_graph"}
 BESIDE = {"self.cudagraph_manager.run_fullgraph"}

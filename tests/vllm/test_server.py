@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Span
 
-pytestmark = needs_vllm
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 MIXED_REQUESTS = 1000
 CONCURRENCY = 32

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.helpers.ascend.simulator import Simulator
     from tests.helpers.capturing import Captured
 
+pytestmark = pytest.mark.slow
+
 VERSIONS: Final = (
     ("vllm-ascend", "0.9.1"),
     ("vllm-ascend", "0.11.0"),

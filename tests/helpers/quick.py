@@ -1,0 +1,59 @@
+"""Quick tests stay quick: one that takes long without being marked as slow fails the run, and so do too many of them.
+
+Processor time counts, with that of the processes that a test has waited for: a busy machine does not change it much.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Four times what they may take on an idle machine: on a busy one a processor does half as much in a second.
+SECONDS_EACH = 8.0
+SECONDS_TOGETHER = 300.0
+
+_taken: dict[str, float] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure a test that is not marked as slow."""
+    before = _processor_seconds()
+    result = yield
+    if item.get_closest_marker("slow") is None:
+        _taken[item.nodeid] = _processor_seconds() - before
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the quick tests took, and what is none."""
+    if _taken:
+        terminalreporter.write_line(f"{len(_taken)} quick tests took {sum(_taken.values()):.0f} s of processor time")
+    for complaint in _complaints():
+        terminalreporter.write_line(complaint, red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run."""
+    if _complaints() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _complaints() -> list[str]:
+    complaints = [
+        f"{test} took {seconds:.0f} s of processor time: mark it with pytest.mark.slow"
+        for test, seconds in _taken.items()
+        if seconds > SECONDS_EACH
+    ]
+    if sum(_taken.values()) > SECONDS_TOGETHER:
+        complaints.append("`make test-quick` is no longer quick: mark the longest tests with pytest.mark.slow")
+    return complaints
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
