@@ -10,6 +10,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from otel_npu import semconv
 from tests.helpers import REPOSITORY
 from tests.helpers.manifests import values
 
@@ -145,7 +146,7 @@ def test_tempo_keeps_and_compares_as_long_as_the_queries_look_back() -> None:
         assert set(settings) <= TEMPO_KEYS[section]
     assert tempo["query_frontend"]["metrics"]["max_duration"] == "48h"
     assert tempo["overrides"]["defaults"]["compaction"]["block_retention"] == "48h"
-    assert "48 hours" in (REPOSITORY / "deploy/queries.md").read_text()
+    assert "24 hours" in (REPOSITORY / "deploy/queries.md").read_text()
     paths = list(values(tempo["storage"], "path"))
     folder = next(volume.split(":")[1] for volume in SERVICES["tempo"]["volumes"] if volume.startswith("tempo:"))
     assert all(path.startswith(f"{folder}/") for path in paths)
@@ -171,10 +172,27 @@ def test_a_build_finds_all_that_the_project_names() -> None:
     tomllib = pytest.importorskip("tomllib", reason="it is new in Python 3.11")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"}
-    needed.update(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed.update([*wheel["packages"], *(hook["path"] for hook in wheel["hooks"].values())])
     lines = (FOLDER / "Dockerfile").read_text()
     copied = {word for line in re.findall(r"^COPY (.*)", lines, re.MULTILINE) for word in line.split()[:-1]}
     assert needed == copied
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in needed} <= set(ignored)
+
+
+def test_whoever_can_be_asked_says_whether_it_is_healthy_on_its_own_port() -> None:
+    asked = {
+        name: " ".join(service["healthcheck"]["test"]) for name, service in SERVICES.items() if "healthcheck" in service
+    }
+    assert {"jaeger", "tempo", "grafana"} <= set(asked)
+    ports = {"jaeger": 16686, "tempo": read("tempo.yaml")["server"]["http_listen_port"], "grafana": 3000}
+    assert all(f"http://127.0.0.1:{port}/" in asked[name] for name, port in ports.items())
+
+
+def test_grafana_shows_beside_each_span_whose_clock_timed_it() -> None:
+    [tempo] = [source for source in read("grafana/datasources.yaml")["datasources"] if source["type"] == "tempo"]
+    assert tempo["jsonData"]["spanBar"] == {"type": "Tag", "tag": semconv.TIMING}
 
 
 def test_the_demos_container_runs_the_demo_as_nobody_special() -> None:
