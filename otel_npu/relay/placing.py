@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from otel_npu.relay.clock import DeviceClock
@@ -70,6 +71,7 @@ class Ran:
 Placed: TypeAlias = tuple[list[Place], int, int]
 """Where stages lie, and from where to where the step does."""
 MAX_DEVICES: Final = 128
+_PINGS: Final = 4
 _Group: TypeAlias = tuple[int, int, int, int]
 """A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
 first and the last device time. (A plain tuple, because one is made for each stage.)"""
@@ -114,12 +116,16 @@ class Timeline:
     def __init__(self, resolution_ns: int) -> None:
         self._resolution_ns = resolution_ns
         self._clocks: dict[int, DeviceClock] = {}
+        self._pings: dict[int, deque[Ping]] = {}
+        """By device, the latest that nothing has been learned from yet."""
 
     def ping(self, ping: Ping) -> None:
-        """Learn from a look at a device's clock."""
-        clock = self._clock(ping.device_index)
-        clock.lower(ping.device_ns, ping.before_ns)
-        clock.upper(ping.device_ns, ping.seen_ns)
+        """A look at a device's clock: learned from when a step comes, because an idle server looks all the time."""
+        pings = self._pings.get(ping.device_index)
+        if pings is None:
+            self._clock(ping.device_index)
+            pings = self._pings[ping.device_index] = deque(maxlen=_PINGS)
+        pings.append(ping)
 
     def learn(self, step: Step) -> None:
         """What the step's stages say about their devices' clocks: of each side's bounds the tightest will do."""
@@ -220,6 +226,11 @@ class Timeline:
             if len(self._clocks) >= MAX_DEVICES:
                 raise ValueError(f"a process with more than {MAX_DEVICES} devices")
             clock = self._clocks[device_index] = DeviceClock(self._resolution_ns)
+        pings = self._pings.get(device_index)
+        while pings:
+            ping = pings.popleft()
+            clock.lower(ping.device_ns, ping.before_ns)
+            clock.upper(ping.device_ns, ping.seen_ns)
         return clock
 
 
