@@ -149,6 +149,8 @@ def main() -> None:
         "OTEL_NPU_DEVICE": "cpu",
         "OTEL_NPU_STEPS_PER_SECOND": "all",
         "XDG_RUNTIME_DIR": str(folder),
+        "OTEL_NPU_QUEUE_BYTES": chosen.queue_bytes,
+        "OTEL_METRICS_EXPORTER": "none",
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}",
     }
     seconds = BEFORE_SECONDS + chosen.seconds + AFTER_SECONDS

@@ -71,8 +71,8 @@ class Availability:
                 *(self._name, now - self._since, self._error, spans, size / 1e6, self._lost),
             )
 
-    def last_line(self, now: float) -> None:
-        """The relay ends: if nothing was said of it yet, it is now."""
+    def tell(self, now: float) -> None:
+        """Say that it is away, if that was not said yet: whoever reads the log may be about to go."""
         if self.away and self._next_line is None:
             self._tell_away(now)
 

@@ -200,10 +200,14 @@ class Destination:
         """How many bytes wait."""
         return self._size
 
+    def tell(self) -> None:
+        """Say what is wrong, if that was not said yet."""
+        if self.holds:
+            self._availability.tell(self._now())
+
     def give_up(self) -> None:
         """What is left is lost."""
-        if self.holds:
-            self._availability.last_line(self._now())
+        self.tell()
         for load in [*self.under_way, *self.waiting]:
             load.delivery.settle(load.count, {semconv.EXPORT_FAILED: load.count})
         self.waiting.clear()

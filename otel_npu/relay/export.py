@@ -122,7 +122,10 @@ class ExportQueue:
         """Export what is queued, for so long at most; whether all of it is dealt with."""
         with self._changed:
             self._hurry(None)
-            return self._changed.wait_for(lambda: not any(one.holds for one in self._destinations), timeout_seconds)
+            done = self._changed.wait_for(lambda: not any(one.holds for one in self._destinations), timeout_seconds)
+            for destination in self._destinations:
+                destination.tell()
+            return done
 
     def close(self, timeout_seconds: float) -> None:
         """Export what is queued, as far as time allows; what is left then is counted."""

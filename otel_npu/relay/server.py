@@ -126,7 +126,7 @@ class Server:
         )
 
     def _load(self, exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]]) -> ExportQueue:
-        export = _export_queue(exporters, self._drops)
+        export = _export_queue(exporters, self._drops, self._environment)
         if self._metrics is not None:
             self._metrics.load(export.fill, self._environment)
         return export
@@ -372,13 +372,15 @@ def exporters_of(environment: Mapping[str, str]) -> Sequence[SpanExporter]:
 
 
 def _export_queue(
-    exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]], drops: Drops
+    exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]],
+    drops: Drops,
+    environment: Mapping[str, str],
 ) -> ExportQueue:
     # All that is imported late, at once: while frames are read or, on a thread of a program, before it can fork.
     from otel_npu.relay import request_spans, resources  # noqa: F401
     from otel_npu.relay.export import ExportQueue
 
-    return ExportQueue(exporters() if callable(exporters) else exporters, drops)
+    return ExportQueue(exporters() if callable(exporters) else exporters, drops, environment)
 
 
 def _span_limits() -> SpanLimits:

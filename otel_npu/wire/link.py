@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import loading, semconv
+from otel_npu.settings import QUEUE_BYTES
 from otel_npu.wire import rendezvous
 from otel_npu.wire.start import NoInterpreterError, StartedRelay
 
@@ -37,7 +38,7 @@ class RelayLink:
     def __init__(self, channel: Channel, settings: Settings, drops: Drops) -> None:
         self._channel = channel
         self._inprocess = settings.export == "inprocess"
-        self._environment = settings.environment
+        self._environment = {QUEUE_BYTES: str(settings.queue_bytes), **settings.environment}
         self._drops = drops
         self.failing = False
         """Whether the last try to find or start a relay failed."""
@@ -122,7 +123,8 @@ class RelayLink:
         with loading.lock:
             from otel_npu.relay.server import Server, exporters_of
 
-            exporters = exporters_of({**os.environ, **self._environment})
+            environment = {**os.environ, **self._environment}
+            exporters = exporters_of(environment)
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as closing:
@@ -130,7 +132,7 @@ class RelayLink:
             closing.callback(theirs.close)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
             with loading.lock:
-                server = Server(exporters)
+                server = Server(exporters, environment=environment)
             server.add_client(theirs)
             thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
             thread.start()

@@ -140,6 +140,16 @@ def test_while_a_receiver_hangs_the_queue_is_bounded_and_all_that_is_lost_is_cou
     assert dropped(arrived, "queue_full") > 0
 
 
+@pytest.mark.parametrize("export", ["relay", "inprocess"])
+def test_what_may_wait_can_be_said_by_the_program(programs: Programs, closed_port: int, export: str) -> None:
+    worker = programs.start({"OTEL_NPU_ENABLED": "0", "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed_port}"})
+    chosen = f"device='simulated', export={export!r}, queue_bytes=5_000_000, steps_per_second=1e9"
+    worker.ask(f"otel_npu.enable(otel_npu.Settings({chosen})) or 1")
+    worker.ask("steps(1) and otel_npu.flush(3)")
+    eventually(lambda: f"127.0.0.1:{closed_port} takes no spans: UNAVAILABLE: " in programs.log, "it is told of")
+    assert "they wait here, for 5 minutes and in 5 MB at most" in programs.log
+
+
 def test_a_frozen_relay_never_blocks_the_program(programs: Programs, receiver: Receiver) -> None:
     """The socket fills, then a bounded buffer; then the oldest are dropped. What is left arrives in order."""
     batches = {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "20"}  # steps of 40 kB, and a receiver takes 4 MB at once
