@@ -16,7 +16,7 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
-.PHONY: help setup demo test test-quick faults check bench clean
+.PHONY: help setup demo test test-quick coverage faults check bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: $(VENV)/.test ## Run all tests
 
 test-quick: $(VENV)/.test ## Run the tests that are quick: under two minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+coverage: $(VENV)/.test ## Run all tests and show which lines and branches none of them reaches
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults
