@@ -34,8 +34,9 @@ def test_a_collector_would_take_its_configuration(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if "jaeger" not in name])
 def test_what_a_collector_holds_is_bounded_batched_and_tried_again(name: str) -> None:
     config = configuration(name)
-    [pipeline] = config["service"]["pipelines"].values()
-    assert pipeline["processors"][0] == "memory_limiter"
+    pipelines = config["service"]["pipelines"]
+    assert set(pipelines) == {"traces", "metrics"}
+    assert all(pipeline["processors"][0] == "memory_limiter" for pipeline in pipelines.values())
     for exporter in config["exporters"].values():
         queue = exporter["sending_queue"]
         assert queue["sizer"] == "bytes"

@@ -27,7 +27,7 @@ DATASOURCE_KEYS: Final = {
 }
 JSON_DATA_KEYS: Final = {
     *("httpMethod", "timeout", "nodeGraph", "serviceMap", "tracesToLogsV2", "tracesToMetrics", "tracesToProfiles"),
-    *("search", "spanBar", "streamingEnabled", "traceQuery"),
+    *("search", "spanBar", "streamingEnabled", "traceQuery", "exemplarTraceIdDestinations"),
 }
 TEMPO_KEYS: Final = {
     "server": {"http_listen_port", "http_listen_address", "grpc_listen_port", "grpc_listen_address", "log_level"},
@@ -69,14 +69,16 @@ def test_every_file_is_there_and_used() -> None:
                 used.add(source.removeprefix("./"))
             else:
                 assert source in COMPOSE["volumes"]
-    assert used == {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
+    folders = {name for name in used if (FOLDER / name).is_dir()}
+    assert used - folders == {name for name in files if not name.startswith(tuple(f"{folder}/" for folder in folders))}
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_is_pinned_unprivileged_and_bounded(name: str) -> None:
     service = SERVICES[name]
     if name not in BUILT:
-        assert re.search(r":\d+\.\d+\.\d+$", service["image"])
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -113,7 +115,10 @@ def test_spans_go_from_the_demo_through_the_collector_to_both() -> None:
         r"http://(\w+):(\d+)", SERVICES["demo"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"]
     ).groups()
     assert int(port) in listening(host)
-    targets = [exporter["endpoint"].split(":") for exporter in read("collector.yaml")["exporters"].values()]
+    exporters = read("collector.yaml")["exporters"]
+    assert exporters["otlp_http/prometheus"]["endpoint"].startswith("http://prometheus:9090/")
+    assert "--web.enable-otlp-receiver" in SERVICES["prometheus"]["command"]
+    targets = [exporter["endpoint"].split(":") for name, exporter in exporters.items() if name.startswith("otlp_grpc")]
     assert {host for host, _port in targets} == {"jaeger", "tempo"}
     for host, port in targets:
         assert int(port) in listening(host)
@@ -129,7 +134,7 @@ def test_grafana_is_provisioned_with_both() -> None:
     provisioned = read("grafana/datasources.yaml")
     assert set(provisioned) == {"apiVersion", "datasources"}
     assert provisioned["apiVersion"] == 1
-    assert {source["type"] for source in provisioned["datasources"]} == {"tempo", "jaeger"}
+    assert {source["type"] for source in provisioned["datasources"]} == {"tempo", "jaeger", "prometheus"}
     assert len([source for source in provisioned["datasources"] if source.get("isDefault")]) == 1
     for source in provisioned["datasources"]:
         assert set(source) <= DATASOURCE_KEYS
@@ -137,7 +142,7 @@ def test_grafana_is_provisioned_with_both() -> None:
         assert source["access"] == "proxy"
         host, port = source["url"].removeprefix("http://").split(":")
         assert host == source["type"]
-        assert int(port) in listening(host)
+        assert host == "prometheus" or int(port) in listening(host)
 
 
 def test_tempo_keeps_and_compares_as_long_as_the_queries_look_back() -> None:

@@ -124,6 +124,16 @@ DOCUMENTED: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "sending_queue": _QUEUE,
             "retry_on_failure": _RETRY,
         },
+        "otlp_http": {
+            "endpoint": TEXT,
+            **dict.fromkeys(("metrics_endpoint", "traces_endpoint", "compression", "encoding"), TEXT),
+            "headers": TEXTS,
+            **dict.fromkeys(("read_buffer_size", "write_buffer_size"), WHOLE),
+            "timeout": DURATION,
+            "tls": _TLS,
+            "sending_queue": _QUEUE,
+            "retry_on_failure": _RETRY,
+        },
         "jaeger_storage_exporter": {"trace_storage": TEXT, "queue": _QUEUE, "retry_on_failure": _RETRY},
     },
     "extensions": {

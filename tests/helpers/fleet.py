@@ -27,12 +27,13 @@ from otel_npu.slow import SlowSteps
 from otel_npu.vllm import engine
 from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
 from otel_npu.wire import frames
-from tests.helpers.built import hello, stage, step
+from tests.helpers.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pytest
+    from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.relay.client import Account
@@ -57,12 +58,12 @@ STAGES: Final = {
 class Relay:
     """Takes frames, gives spans and metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: MetricReader | None = None, plan: Plan = Plan()) -> None:  # noqa: B008  it is frozen
         self.now = 0.0
         self.spans: list[ReadableSpan] = []
         self.drops = Drops()
-        self.reader = InMemoryMetricReader()
-        self.metrics = Metrics([Plan()], self.drops)
+        self.reader = reader or InMemoryMetricReader()
+        self.metrics = Metrics([plan], self.drops)
         self.metrics.read(self.metrics.shelves[0], self.reader)
         self._wall = WallClock(monotonic=lambda: 0, unix=lambda: UNIX_NS)
         self.joiner = Joiner(self._wall, self._put, self.drops, lambda: self.now)
@@ -89,10 +90,24 @@ class Relay:
 
     def points(self) -> dict[str, list[Any]]:
         """The points of each metric."""
+        assert isinstance(self.reader, InMemoryMetricReader)
         data = self.reader.get_metrics_data()
         assert data is not None
         [resource] = data.resource_metrics
         return {metric.name: list(metric.data.data_points) for metric in resource.scope_metrics[0].metrics}
+
+    def finish_requests(self) -> None:
+        """A stage hangs, and a request that was in a step is over."""
+        counted = self.engine.assembler.counted
+        assert counted is not None
+        counted.hang(unfinished(rank=0))
+        self.joiner.take(self.engine, request(7))
+        self.joiner.take(self.engine, scheduled(7, requests=[7], tokens=[1], prefills=[False], kept=False))
+        self.worker(0, step(7, rank=0, returns_output=True, parent_span_id=(7).to_bytes(8, "big"), kept=False))
+        self.joiner.take(self.engine, updated(7, requests=[7], new_tokens=[1], finished=[7]))
+        self.joiner.take(self.engine, request_end(7))
+        for span in self.spans:
+            assert span.name
 
     def kept(self) -> dict[int, dict[int, set[int]]]:
         """Of each step that was kept the ranks that are there, by trace, by its number."""
