@@ -83,6 +83,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     reader.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in dashboards.FILES if path.startswith("grafana")])
 def test_every_query_returns_something(path: str, scraped: Prometheus) -> None:
     found = list(queries(json.loads((dashboards.FOLDER / path).read_text())))
@@ -103,6 +104,7 @@ def test_every_metric_that_is_asked_for_is_one_of_ours() -> None:
     assert asked <= known
 
 
+@pytest.mark.slow
 def test_a_drop_and_a_hang_become_alerts(scraped: Prometheus) -> None:
     alerts = {rule["alert"] for group in dashboards.alerts()["groups"] for rule in group["rules"]}
     assert alerts == {"NpuStageSlower", "NpuRankStraggles", "NpuTracingDrops", "NpuStageHangs", "NpuRelayGone"}
