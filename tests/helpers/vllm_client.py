@@ -60,14 +60,15 @@ class Client:
             connection.close()
         return chunks
 
-    def preemptions(self) -> int:
-        """How many vLLM itself has counted since it started."""
+    def counted(self, name: str) -> int:
+        """What vLLM's own metric of this name has counted since it started, all its models and engines together."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_SECONDS)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        [line] = [line for line in text.splitlines() if line.startswith("vllm:num_preemptions_total{")]
-        return int(float(line.split()[-1]))
+        lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_total{{")]
+        assert lines, name
+        return sum(int(float(line.split()[-1])) for line in lines)
 
     def _answer(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None) -> dict[str, Any]:
         connection, response = self._ask(path, body, headers)

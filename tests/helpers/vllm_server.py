@@ -36,19 +36,19 @@ ROOMY = ("--kv-cache-memory-bytes", str(64 << 20))
 # transformers imports torch_npu where it is installed, which fails without an Ascend runtime.
 WITHOUT_TORCH_NPU = 'import sys\nsys.modules["torch_npu"] = None\n'
 
-# Model runner V2 needs Triton, whose interpreter runs its kernels on the CPU. vLLM looks for a backend of that name, of
-# which nothing is used then.
-INTERPRETED = """
+# Model runner V2 needs Triton, whose interpreter runs its kernels on the CPU. It lies apart, because torch and vLLM do
+# other things where it is installed. vLLM looks for a backend of that name, of which nothing is used then.
+TRITON: Final = Path(sys.prefix) / "triton"
+INTERPRETED = f"""
 import types
+sys.path.append({str(TRITON)!r})
 import triton.backends
 driver = types.SimpleNamespace(is_active=lambda: False)
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 """
 V2: Final = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 
-needs_v2 = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: `make test` installs it with vLLM"
-)
+needs_v2 = pytest.mark.skipif(not TRITON.is_dir(), reason="Triton is not installed: `make test` installs it with vLLM")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed: `make test` installs it on x86-64 with Python 3.11, "

@@ -1,20 +1,31 @@
-"""vLLM's model runner V2 marks no scopes: what its hooks catch, on its real code. It needs Triton to run as a whole."""
+"""vLLM's model runner V2, which marks no scopes: what its hooks catch, on its real code, and on a server of its own.
+
+Its kernels are Triton's, whose interpreter runs them on the CPU: a step takes a tenth of a second and more.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.vllm_server import needs_vllm, vllm_environment
+from otel_npu import semconv
+from tests.helpers.receiver import Receiver
+from tests.helpers.tiny_model import words
+from tests.helpers.vllm_client import Caller, Client, at_once
+from tests.helpers.vllm_mix import MIX, MIX_SEQUENCES, assert_mix, mixed_request
+from tests.helpers.vllm_server import ROOMY, Server, needs_v2, needs_vllm, vllm_environment
+from tests.helpers.vllm_spans import Spans, requests_of, steps_of
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.slow, needs_vllm]
 
@@ -106,3 +117,76 @@ def test_its_methods_are_stages(run_program: Callable[..., subprocess.CompletedP
     names, mode = json.loads(done.stdout.splitlines()[-1])
     assert names == ["forward", "forward", "prepare_input", "prepare_attention", "sample", "post_process"]
     assert mode == "none"
+
+
+MIXED_REQUESTS = 100
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}'
+STAGES = ["prepare_input", "prepare_attention", "forward", "sample", "post_process", "draft"]
+
+
+@dataclass
+class Serving:
+    """The server of this module, its client, and the receiver of its spans."""
+
+    server: Server
+    client: Client
+    receiver: Receiver
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server with model runner V2, which drafts tokens by what the prompt and the answer have had before."""
+    with Receiver() as receiver:
+        endpoint = f"http://127.0.0.1:{receiver.grpc_port}"
+        arguments = [*ROOMY, "--max-num-seqs", "16", "--otlp-traces-endpoint", endpoint, "--speculative-config", NGRAM]
+        plugins = {"mended": "tests.helpers.vllm_plugins:mend_the_interpreter"}
+        environment = {"OTEL_NPU_STEPS_PER_SECOND": "all"}
+        with Server(tmp_path_factory.mktemp("v2"), arguments, environment, plugins, v2=True) as server:
+            yield Serving(server, Client(server.port), receiver)
+
+
+@needs_v2
+def test_its_steps_have_the_stages_that_those_of_v1_have(serving: Serving) -> None:
+    caller = Caller()
+    serving.client.complete(words(5), caller.headers(), max_tokens=4)
+    requests_of(serving.receiver, lambda span: span.trace_id == caller.trace_id)
+    spans = steps_of(serving.receiver)
+    assert spans.worker_steps
+    for step in spans.worker_steps:
+        assert spans.names(step) == STAGES
+        assert step.attributes[semconv.GRAPH_MODE] == "none"
+
+
+@needs_v2
+def test_what_it_drafted_and_accepted_is_what_the_servers_own_metrics_say(serving: Serving) -> None:
+    callers = [Caller() for _ in range(12)]
+    at_once(
+        [
+            functools.partial(serving.client.complete, words(3, number) * 2, caller.headers(), max_tokens=12)
+            for number, caller in enumerate(callers)
+        ],
+        len(callers),
+    )
+    traces = {caller.trace_id for caller in callers}
+    requests_of(serving.receiver, lambda span: span.trace_id in traces, len(callers))
+    spans = steps_of(serving.receiver)
+    for metric, of_step, of_request in (
+        ("spec_decode_num_draft_tokens", semconv.STEP_DRAFTED_TOKENS, semconv.REQUEST_DRAFTED_TOKENS),
+        ("spec_decode_num_accepted_tokens", semconv.STEP_ACCEPTED_TOKENS, semconv.REQUEST_ACCEPTED_TOKENS),
+    ):
+        counted = serving.client.counted(metric)
+        assert counted > 0
+        assert sum(span.attributes.get(of_step, 0) for span in spans.named(semconv.ENGINE_STEP)) == counted
+        assert sum(span.attributes.get(of_request, 0) for span in spans.ours) == counted
+
+
+@needs_v2
+def test_of_mixed_requests_on_it_nothing_is_missing_twice_or_out_of_place(serving: Serving) -> None:
+    """As on model runner V1, over all that the server has sent since it started, with fewer requests."""
+    callers = [Caller() for _ in range(MIXED_REQUESTS)]
+    at_once([functools.partial(mixed_request, serving.client, *numbered) for numbered in enumerate(callers)], 16)
+    traces = {caller.trace_id for caller in callers}
+    requests_of(serving.receiver, lambda span: span.trace_id in traces, MIXED_REQUESTS * MIX_SEQUENCES // MIX)
+    steps_of(serving.receiver)
+    serving.server.stop()
+    assert_mix(Spans(serving.receiver.spans), callers)

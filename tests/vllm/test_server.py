@@ -14,15 +14,12 @@ from tests.helpers.receiver import Receiver
 from tests.helpers.tiny_model import words
 from tests.helpers.traced import eventually
 from tests.helpers.vllm_client import Caller, Client, at_once
+from tests.helpers.vllm_mix import MIX, MIX_SEQUENCES, assert_mix, mixed_request
 from tests.helpers.vllm_server import SMALL, Server, needs_vllm
 from tests.helpers.vllm_spans import (
-    LLM_REQUEST,
     OURS,
     Spans,
-    assert_consistent,
     assert_phases,
-    assert_shares_add_up,
-    assert_steps_whole,
     attributed_seconds,
     linked_steps,
     request_in,
@@ -205,9 +202,9 @@ def test_a_prompt_in_chunks_is_one_prefill_of_several_steps(serving: Serving) ->
 def test_a_request_that_was_put_back_into_the_queue_says_so_and_is_whole(serving: Serving) -> None:
     caller = Caller()
     prompts = [words(60, 40 * number) for number in range(10)]
-    before = serving.client.preemptions()
+    before = serving.client.counted("num_preemptions")
     serving.client.complete(prompts, caller.headers(), max_tokens=200)
-    preemptions = serving.client.preemptions() - before
+    preemptions = serving.client.counted("num_preemptions") - before
     assert preemptions > 0
     spans, requests = requests_of(serving.receiver, lambda span: span.trace_id == caller.trace_id, len(prompts))
     events: Counter[str] = Counter()
@@ -224,48 +221,13 @@ def test_of_a_thousand_mixed_requests_nothing_is_missing_twice_or_out_of_place(s
         [functools.partial(mixed_request, serving.client, *numbered) for numbered in enumerate(callers)], CONCURRENCY
     )
     traces = {caller.trace_id for caller in callers}
-    requests_of(serving.receiver, lambda span: span.trace_id in traces, MIXED_REQUESTS * 12 // 10)
+    requests_of(serving.receiver, lambda span: span.trace_id in traces, len(traces) * MIX_SEQUENCES // MIX)
     steps_of(serving.receiver)  # of which a server that is stopped may lose the last
     serving.server.stop()  # so that all that will ever arrive has arrived
 
-    spans = Spans(serving.receiver.spans)
-    assert_consistent(spans, {span.parent_span_id for span in spans.named(LLM_REQUEST)})
-    assert_steps_whole(spans)
-    by_trace = Counter(span.trace_id for span in spans.named(LLM_REQUEST))
-    for number, caller in enumerate(callers):
-        assert by_trace[caller.trace_id] == 1 + (number % 10 in {2, 3}), f"request {number}"
-    for request in spans.named(LLM_REQUEST):
-        phases = spans.names(request)
-        assert semconv.QUEUE in phases
-        assert semconv.PREFILL in phases or finish_reasons(request) == ["abort"]
-        assert_phases(spans, request, phases)
-    # Not to the last step: where the engine goes on with a request long after its client, the relay waits no longer.
-    assert_shares_add_up(spans, rel=0.02)
-
-
-def mixed_request(client: Client, number: int, caller: Caller) -> None:
-    """One request of a mix; those of 2 and 3 in ten are two for the engine."""
-    headers, tokens = caller.headers(), 1 + number % 5
-    short, long = words(3 + number % 20, number), words(100 + number % 50, number)
-    ways: list[Callable[[], Any]] = [
-        lambda: client.complete(short, headers, max_tokens=tokens),
-        lambda: client.complete(long, headers, max_tokens=tokens),
-        lambda: client.complete([short, long], headers, max_tokens=tokens),
-        lambda: client.complete(short, headers, max_tokens=tokens, n=2, temperature=1),
-        lambda: client.stream(short, headers, max_tokens=tokens),
-        lambda: client.stream(long, headers, max_tokens=300, hang_up_after=2),
-        lambda: client.chat(short, headers, max_tokens=tokens),
-        lambda: client.complete(short, headers, max_tokens=12, stop=["1", "2", "3"]),
-        lambda: client.complete(short, {**headers, "X-Request-Id": "the same"}, max_tokens=tokens),
-        lambda: client.complete(short, headers, max_tokens=1),
-    ]
-    ways[number % 10]()
+    assert_mix(Spans(serving.receiver.spans), callers)
 
 
 def of_answer(answer: dict[str, Any]) -> Callable[[Span], bool]:
     """Whether a span is of the request that was answered so."""
     return lambda span: str(span.attributes.get(semconv.REQUEST_ID, "")).startswith(answer["id"])
-
-
-def finish_reasons(request: Span) -> Any:
-    return request.attributes.get(semconv.FINISH_REASONS)
