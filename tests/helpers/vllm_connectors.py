@@ -15,7 +15,7 @@ _ROLE: Final = KVConnectorRole.WORKER
 
 
 class WaitingConnector(ExampleConnector):  # type: ignore[misc]
-    """Fetches from the same folder as vLLM's example, but while the request waits for it, as connectors of clusters do.
+    """Finds what vLLM's example does, but the request waits for it, as with the connectors of clusters. No data comes.
 
     `kv_connector_extra_config` says how: `load_seconds` is how long a fetch takes, `fail` whether it fails, and
     `keep_seconds` for how long a finished request's blocks are kept for somebody else.
@@ -32,15 +32,19 @@ class WaitingConnector(ExampleConnector):  # type: ignore[misc]
         self._failed_blocks: set[int] = set()
         self._begun: list[tuple[str, list[int]]] = []
         self._kept: list[str] = []
+        self._tried: set[str] = set()
 
     # In the scheduler.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if request.request_id in self._tried:  # what failed once is computed
+            return 0, False
         count, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return count, bool(count)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens > 0:
+            self._tried.add(request.request_id)
             self._begun.append((request.request_id, blocks.get_block_ids()[0]))
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
