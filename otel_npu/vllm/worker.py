@@ -247,8 +247,8 @@ def take_slot(record_function_or_nullcontext: Callable[..., Any]) -> Callable[..
 
     What would have been called is called too. vLLM itself chooses it, at the first scope, by its own settings.
     """
-    module = record_function_or_nullcontext.__globals__
-    if "_PROFILER_FUNC" not in module:  # before there was a slot
+    module = getattr(record_function_or_nullcontext, "__globals__", {})
+    if "_PROFILER_FUNC" not in module:  # before there was a slot, or somebody else has wrapped it
         return _beside(record_function_or_nullcontext)
     there = module["_PROFILER_FUNC"]
 

@@ -19,7 +19,7 @@ from otel_npu.wire import frames
 from tests.helpers.capturing import capturing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.helpers.capturing import Captured
 
@@ -390,6 +390,47 @@ def test_what_is_in_the_slot_already_is_kept(captured: Captured) -> None:
     with utils.record_function_or_nullcontext("forward"):
         pass
     assert notes == ["forward"]
+
+
+def wrapped(notes: list[str], inner: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What another tool makes of a function of scopes: it notes each, and calls what was there."""
+
+    @contextlib.contextmanager
+    def other(name: str) -> Iterator[None]:
+        notes.append(name)
+        with inner(name):
+            yield
+
+    return other
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("attribute", ["record_function_or_nullcontext", "_PROFILER_FUNC"])
+def test_another_tool_that_wraps_the_scopes_before_or_after_us_gets_each_once_and_so_do_we(
+    captured: Captured, attribute: str, *, ours_first: bool
+) -> None:
+    notes: list[str] = []
+    utils = module(contextlib.nullcontext)
+    space = utils.__dict__
+
+    def wrap() -> None:
+        space[attribute] = wrapped(notes, space[attribute] or contextlib.nullcontext)
+
+    def ours() -> None:
+        space["record_function_or_nullcontext"] = hooks.take_slot(space["record_function_or_nullcontext"])
+
+    for put_in in (ours, wrap) if ours_first else (wrap, ours):
+        put_in()
+    worker = Worker()
+
+    def run() -> None:
+        with utils.record_function_or_nullcontext("gpu_model_runner: forward"):
+            pass
+
+    worker.executing = run
+    worker.execute_model(output(result="output"))
+    assert notes == ["gpu_model_runner: forward"]
+    assert names(captured.step()) == ["forward"]
 
 
 # Model runner V2 and vllm-ascend's ProfileExecuteDuration.

@@ -21,6 +21,7 @@ PLUGIN: Final = "vLLM plugin"
 _GROUP: Final = "vllm.general_plugins"
 _NAME: Final = "otel_npu"
 _PLUGINS: Final = "VLLM_PLUGINS"
+_RUST: Final = "VLLM_USE_RUST_FRONTEND"
 
 
 def versions() -> Iterator[Finding]:
@@ -80,6 +81,10 @@ def plugin() -> Iterator[Finding]:
             PLUGIN,
             f"excluded: {_PLUGINS}={os.environ[_PLUGINS]!r} does not name {_NAME}",
             f"set {_PLUGINS}={wanted}, without spaces, or unset it",
+        )
+    elif os.environ.get(_RUST, "").strip().lower() in ("1", "true"):
+        yield warning(
+            PLUGIN, f"{_RUST} is set: that front end runs no Python, so there are step traces but no requests'"
         )
     else:
         yield ok(PLUGIN, f"registered as {_NAME}")
