@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LLM_REQUEST = "llm_request"  # vLLM's own
 OURS = semconv.SCOPE
 PHASES = (semconv.QUEUE, semconv.PREFILL, semconv.DECODE)
-ARRIVAL_SECONDS = 60.0
+ARRIVAL_SECONDS = 180.0
 
 
 @dataclass
