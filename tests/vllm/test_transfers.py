@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tests.helpers.receiver import Span
 
-pytestmark = needs_vllm
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 PROMPT_TOKENS = 200
 FOUND_TOKENS = 128  # of blocks of 128
