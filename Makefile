@@ -47,6 +47,7 @@ check: $(VENV)/.test ## Run lint, format and type checks
 
 bench: $(VENV)/.test ## Measure what a stage and a step cost, against revision $(BEFORE)
 	$(BIN)/python -W ignore -m benchmarks.stage_cost
+	$(BIN)/python -W ignore -m benchmarks.relay_cost
 	$(BIN)/python -W ignore -m benchmarks.step_cost --against $(BEFORE) --picture benchmarks/step_cost.svg
 	@! $(BIN)/python -c 'import vllm' 2>/dev/null || \
 		$(BIN)/python -W ignore -m benchmarks.vllm_step_cost --against $(BEFORE)

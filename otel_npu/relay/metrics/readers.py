@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_npu.standard import bad_value
@@ -90,6 +89,8 @@ def reader(plan: Plan, environment: Mapping[str, str] = os.environ) -> MetricRea
         from otel_npu.relay.metrics.otlp import OtlpMetrics
 
         return PeriodicExportingMetricReader(OtlpMetrics(plan, _OTLP[plan.name], environment))
+    from importlib.metadata import entry_points  # late: it takes longer than all else here
+
     found = next(iter(entry_points(group=_GROUP, name=plan.name)), None)
     if found is None:
         installed = sorted({point.name for point in entry_points(group=_GROUP)} | {"none", "otlp", "prometheus"})
