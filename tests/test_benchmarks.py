@@ -46,6 +46,12 @@ def test_a_step_of_vllm_is_measured_with_and_without_our_hooks() -> None:
     assert "EngineCore, processor time" in table
 
 
+def test_the_relays_price_is_measured_idle_and_serving() -> None:
+    table = run("benchmarks.relay_cost", "--seconds", "1")
+    for row in ("idle", "serving 8 ranks", "a step of one rank", "a span", "a request in a step"):
+        assert any(line.startswith(row) for line in table.splitlines()), row
+
+
 def test_the_interval_of_a_median_holds_the_truth_19_times_of_20() -> None:
     rng = random.Random(1)
     held = 0

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu.relay")
 
 _LOOK_AGAIN_SECONDS: Final = 1.0
+_DESCRIPTORS: Final = 4096
 
 
 class Life:
@@ -85,6 +87,7 @@ def _writes_to_console() -> bool:
 
 def serve(listeners: Sequence[socket.socket], path: Path | None, life: Life, *, stay: bool) -> None:
     """Serve on these sockets until the last client has gone or, with `stay`, until SIGTERM."""
+    _take_descriptors()
     # Ctrl-C in the terminal is for the model; the relay ends after it, when it has sent everything.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server.from_environment(listeners, stay=stay)
@@ -92,6 +95,14 @@ def serve(listeners: Sequence[socket.socket], path: Path | None, life: Life, *, 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     life.say(SERVING)
     server.run(leave=functools.partial(_leave, path), exporting=life.let_go_of_output)
+
+
+def _take_descriptors() -> None:
+    """Room for as many connections as are taken: the usual limit is less."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave(path: Path | None) -> None:

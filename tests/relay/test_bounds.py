@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_npu import semconv
+from otel_npu.relay import clients as clients_module
 from otel_npu.relay import ledger as ledger_module
 from otel_npu.relay.placing import MAX_DEVICES
-from otel_npu.wire import frames
+from otel_npu.relay.server import Server
+from otel_npu.wire import frames, rendezvous
 from tests.helpers.built import request, request_end, scheduled, stage, step
 from tests.helpers.traced import eventually
 from tests.relay import test_server
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import msgspec
 
     from otel_npu.relay.clients import Connected
@@ -147,3 +153,42 @@ def test_more_flushes_than_anybody_waits_for_are_refused(relay: Relay) -> None:
     relay.exporter.released.set()
     answers = [client.flushed() for _ in range(64)]
     assert len({answer.number for answer in answers}) == 64
+
+
+def test_who_connects_and_says_nothing_makes_room_for_who_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(clients_module, "MAX_CLIENTS", 4)
+    path = tmp_path / "s.sock"
+    exporter = test_server.Exporter()
+    with rendezvous.listen(path) as listener:
+        server = Server([exporter], [listener], stay=True)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            honest = test_server.Client(connected(path), 1).greet()
+            assert honest.flush()
+            silent = [connected(path) for _ in range(20)]
+            late = test_server.Client(connected(path), 2).greet()
+            late.send(step(1))
+            assert late.flush()
+            honest.send(step(2))
+            assert honest.flush()
+            assert exporter.steps() == [1, 2]
+            assert len(server._clients) == 4
+            for connection in (honest.connection, late.connection, *silent):
+                connection.close()
+        finally:
+            server.stop()
+            thread.join()
+
+
+def connected(path: Path) -> socket.socket:
+    connection = eventually(lambda: connection_to(path), "there is room in the backlog")
+    assert isinstance(connection, socket.socket)
+    return connection
+
+
+def connection_to(path: Path) -> socket.socket | None:
+    try:
+        return rendezvous.connect(path)
+    except BlockingIOError:
+        return None
