@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import secrets
 from otel_npu.settings import unknown_variables
+from otel_npu.standard import bad_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,10 @@ def unknown_names() -> None:
 def is_on(settings: Settings, device: Device) -> None:
     """One line: that it is on, by whose clock, where spans go and how many steps are kept."""
     clock = "the host's clock, for there is no device" if device.host_clock else _device(device)
-    where = destination({**os.environ, **settings.environment})
+    environment = {**os.environ, **settings.environment}
+    if _leads_nowhere(environment):
+        return  # the relay says so, and why
+    where = destination(environment)
     text = f"otel-npu is on: stages are timed by {clock}; spans go to {where}; {_kept(settings)}"
     if _log.hasHandlers():
         _log.info("%s", text)  # whoever has set up logging decides who sees it
@@ -55,6 +59,17 @@ def destination(environment: Mapping[str, str]) -> str:
     usual = _DEFAULTS.get(protocol, "the default endpoint")
     endpoint = first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT", default=usual)
     return f"{secrets.masked(endpoint, environment)} ({protocol})"
+
+
+def _leads_nowhere(environment: Mapping[str, str]) -> bool:
+    """Whether the standard variables are such that nothing can be exported."""
+    for prefix in ("OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"):
+        given = {name: environment.get(prefix + name, "").strip() for name in ("ENDPOINT", "PROTOCOL", "CERTIFICATE")}
+        if given["ENDPOINT"].startswith("http://"):
+            given["CERTIFICATE"] = ""  # is not read
+        if any(value and bad_value(prefix + name, value) for name, value in given.items()):
+            return True
+    return False
 
 
 def _device(device: Device) -> str:

@@ -76,6 +76,19 @@ def test_it_says_where_spans_go_without_credentials(environment: dict[str, str],
     assert announce.destination(environment).startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ENDPOINT", '"http://collector:4317"'), ("TRACES_PROTOCOL", "http/json"), ("CERTIFICATE", "/nowhere.pem")],
+)
+def test_it_does_not_say_that_spans_go_where_they_can_not(
+    caplog: pytest.LogCaptureFixture, variable: str, value: str
+) -> None:
+    """The relay has a line for that, which says what is wrong."""
+    with caplog.at_level(logging.INFO, "otel_npu"):
+        announce.is_on(Settings(environment={f"OTEL_EXPORTER_OTLP_{variable}": value}), Cpu())
+    assert caplog.records == []
+
+
 def test_where_vllm_gives_the_endpoint_that_one_is_told(caplog: pytest.LogCaptureFixture) -> None:
     given = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://from-the-flag:4317"}
     with caplog.at_level(logging.INFO, "otel_npu"):
