@@ -128,11 +128,12 @@ class EngineSteps:
         return call
 
     def _around_update(self, update_from_output: Callable[..., Any]) -> Callable[..., Any]:
-        updated = tracing.guarded(self._updated)
+        updated, verified = tracing.guarded(self._updated), tracing.guarded(self._verified)
 
         def call(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = verified(scheduler_output, args[0] if args else kwargs.get("model_runner_output"))
             result = update_from_output(scheduler_output, *args, **kwargs)
-            updated(scheduler_output, args[0] if args else kwargs.get("model_runner_output"), result)
+            updated(scheduler_output, drafts, result)
             return result
 
         return call
@@ -253,7 +254,13 @@ class EngineSteps:
                 fetched.append(elsewhere)
         return first, cached, fetched, total_cached, total_fetched
 
-    def _updated(self, scheduler_output: Any, model_runner_output: Any, result: Any) -> None:
+    def _verified(self, scheduler_output: Any, model_runner_output: Any) -> Verified | None:
+        """What came of a step's drafts, if it has any."""
+        if not getattr(scheduler_output, "scheduled_spec_decode_tokens", None):
+            return None
+        return Verified(scheduler_output, model_runner_output, self._bonus_tokens)
+
+    def _updated(self, scheduler_output: Any, verified: Verified | None, result: Any) -> None:
         step = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         recorder = self._recorder()
         if step is None or recorder is None:
@@ -267,9 +274,6 @@ class EngineSteps:
         drafted: list[int] = []
         accepted: list[int] = []
         members = self._members
-        verified = None
-        if scheduler_output.scheduled_spec_decode_tokens:
-            verified = Verified(scheduler_output, model_runner_output, self._bonus_tokens)
         for outputs in result.values() if isinstance(result, dict) else (result,):
             for output in outputs.outputs:
                 member = members.get(output.request_id)

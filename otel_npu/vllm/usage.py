@@ -20,6 +20,8 @@ def cached_tokens(request: Any) -> tuple[int, int]:
 class Verified:
     """The drafts that a step verified, counted as vLLM's own metrics count them.
 
+    Made before vLLM takes in the output: it cuts the tokens behind a request's end off the very lists.
+
     Args:
         scheduler_output: The step's, with drafts.
         model_runner_output: What came of it.
@@ -27,22 +29,21 @@ class Verified:
     """
 
     def __init__(self, scheduler_output: Any, model_runner_output: Any, bonus_tokens: int) -> None:
-        self._drafts: dict[str, Any] = scheduler_output.scheduled_spec_decode_tokens
-        self._invalid: dict[str, int] = getattr(scheduler_output, "num_invalid_spec_tokens", None) or {}
-        self._sampled: Any = model_runner_output.sampled_token_ids
-        self._rows: dict[str, int] = model_runner_output.req_id_to_index
-        self._bonus_tokens = bonus_tokens
+        invalid: dict[str, int] = getattr(scheduler_output, "num_invalid_spec_tokens", None) or {}
+        sampled: Any = model_runner_output.sampled_token_ids
+        rows: dict[str, int] = model_runner_output.req_id_to_index
+        self._counts: dict[str, tuple[int, int]] = {}
+        for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
+            count = len(sampled[rows[request_id]]) if drafts and sampled and request_id in rows else 0
+            if count:
+                drafted = len(drafts) - invalid.get(request_id, 0)
+                self._counts[request_id] = drafted, max(0, count - bonus_tokens)
         self.drafted = self.accepted = 0
         """Of all requests so far."""
 
     def take(self, request_id: str) -> tuple[int, int]:
         """How many tokens were drafted for a request that has an output, and how many of them accepted."""
-        drafts = self._drafts.get(request_id)
-        sampled = self._sampled[self._rows[request_id]] if drafts and self._sampled else ()
-        if not len(sampled):  # a list, or an array
-            return 0, 0
-        drafted = len(drafts or ()) - self._invalid.get(request_id, 0)
-        accepted = max(0, len(sampled) - self._bonus_tokens)
-        self.drafted += drafted
-        self.accepted += accepted
-        return drafted, accepted
+        counts = self._counts.get(request_id, (0, 0))
+        self.drafted += counts[0]
+        self.accepted += counts[1]
+        return counts

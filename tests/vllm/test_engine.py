@@ -50,6 +50,8 @@ class Scheduler:
         )
 
     def update_from_output(self, scheduler_output: Any, outputs: dict[str, tuple[int, str | None]]) -> dict[int, Any]:
+        for row in getattr(outputs, "sampled_token_ids", []):
+            del row[1:]  # as vLLM does with what is behind a request's end
         self.finished |= {request_id for request_id, (_, reason) in outputs.items() if reason}
         return {
             0: types.SimpleNamespace(
