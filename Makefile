@@ -18,7 +18,7 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
-.PHONY: help setup demo test test-quick coverage faults check bench clean
+.PHONY: help setup demo test test-quick coverage faults soak check bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ coverage: $(VENV)/.test ## Run all tests and show which lines and branches none 
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults
+
+soak: $(VENV)/.test ## One trouble after another for half an hour
+	SOAK_SECONDS=1800 $(BIN)/python -m pytest tests/faults/test_soak.py
 
 check: $(VENV)/.test ## Run lint, format and type checks
 	$(BIN)/ruff check .
