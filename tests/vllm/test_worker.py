@@ -483,3 +483,68 @@ def test_a_worker_passes_on_which_steps_were_slow(captured: Captured) -> None:
     assert (step.trace_id, step.kept) == (TRACE, False)
     assert len(step.span_id) == 8
     assert [frame for frame in captured.sent if isinstance(frame, frames.Keep)] == [frames.Keep("slow", [b"12345678"])]
+
+
+class Speculator:
+    """Of whatever class."""
+
+    def propose(self, tokens: int) -> int:
+        return tokens + 1
+
+
+class Runner:
+    """Model runner V2, which may load its model again."""
+
+    def __init__(self) -> None:
+        self.speculator: Any = None
+
+    @hooks.drafting
+    def load_model(self) -> str:
+        self.speculator = self.speculator or Speculator()
+        return "loaded"
+
+
+def test_the_drafts_of_a_runners_speculator_are_a_stage_however_often_its_model_is_loaded(captured: Captured) -> None:
+    runner = Runner()
+    assert [runner.load_model(), runner.load_model()] == ["loaded", "loaded"]
+    worker = Worker()
+    worker.sampling = lambda: runner.speculator.propose(2)
+    assert runner.speculator.propose(1) == 2
+    worker.execute_model(output())
+    worker.sample_tokens(None)
+    assert names(captured.step()) == ["forward", "draft"]
+
+
+def test_a_full_graph_is_the_forward_and_says_so(captured: Captured) -> None:
+    run = hooks.full_graph(lambda description: description)
+    worker = Worker()
+    worker.executing = lambda: run("description")
+    worker.execute_model(output(result="output"))
+    step = captured.step()
+    assert names(step) == ["forward"]
+    assert step.attributes is not None
+    assert step.attributes[semconv.GRAPH_MODE] == "full"
+
+
+@pytest.mark.parametrize(
+    ("role", "says", "stages"),
+    [("WORKER", True, ["kv_load"]), ("WORKER", None, ["kv_load"]), ("WORKER", False, []), ("SCHEDULER", True, [])],
+)
+def test_a_workers_connector_that_loads_before_the_forward_is_a_stage(
+    captured: Captured, role: str, says: bool | None, stages: list[str]
+) -> None:
+    class Connector:
+        def __init__(self) -> None:
+            self.role = types.SimpleNamespace(name=role)
+
+        def start_load_kv(self, context: str) -> str:
+            return context
+
+    connector = hooks.loading_kv(lambda _config: Connector())("config")
+    worker = Worker()
+    worker.executing = lambda: connector.start_load_kv("context")
+    told = output(result="output")
+    if says is not None:  # versions before 0.32 don't
+        told.has_sync_kv_loads = says
+    worker.execute_model(told)
+    assert names(captured.step()) == stages
