@@ -82,10 +82,13 @@ def run(serving: Serving, receiver: Receiver, rate: int, seconds: float, first: 
     time.sleep(1.5)  # the relay tells once a second
     arrived = _resolved(receiver) - resolved
     stages = (arrived or rate * seconds / len(STAGES)) * len(STAGES)
+    how = "keeps up"
     keeps_up = late < 0.5 and stages >= 0.99 * rate * seconds
+    if not keeps_up:
+        how = f"{late:.1f} s late, {stages / rate / seconds:.0%} read"
     return (
         f"{rate:7,} stages a second: {used / stages * 1e6:5.1f} us of processor each, one takes {stages / used:7,.0f}; "
-        f"{'keeps up' if keeps_up else f'{late:.1f} s late, {stages / rate / seconds:.0%} read'}; {_megabytes(serving.pid):.0f} MB"
+        f"{how}; {_megabytes(serving.pid):.0f} MB"
     )
 
 
