@@ -1,6 +1,6 @@
 """What the relay costs the host it shares with a server: processor time, idle and serving, and of each thing it does.
 
-    python -m benchmarks.relay_cost [--seconds S]
+    python -m benchmarks.relay_cost [--seconds S] [--metrics]
 
 A relay of its own process, which exports to a receiver here; engine and workers are played by this process, which
 sends what theirs would. What is told is the relay's processor time, all threads together.
@@ -197,9 +197,11 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to look at each state")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--metrics", action="store_true", help="with metrics of every step too")
+    arguments = parser.parse_args()
+    seconds, metrics = arguments.seconds, {} if arguments.metrics else {"OTEL_METRICS_EXPORTER": "none"}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, Receiver() as receiver:
-        serving = Serving(Path(folder, "s.sock"), receiver.grpc_environment)
+        serving = Serving(Path(folder, "s.sock"), {**receiver.grpc_environment, **metrics})
         try:
             for line in _measured(serving, seconds):
                 print(line, flush=True)
