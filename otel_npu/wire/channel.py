@@ -93,7 +93,7 @@ class Channel:
             while self._backlog_bytes > MAX_BACKLOG_BYTES:
                 oldest, counts = self._backlog.popleft()
                 self._backlog_bytes -= len(oldest)
-                self._drop(semconv.BACKLOG_FULL, counts)
+                self._drop(semconv.BACKLOG_FULL, counts, frames.frames_in(oldest))
 
     def drain(self) -> None:
         """Send what waits, as far as the socket takes it."""
@@ -167,8 +167,8 @@ class Channel:
         except OSError:
             return False
 
-    def _drop(self, reason: str, counts: dict[str, int]) -> None:
-        self._drops.add(reason)
+    def _drop(self, reason: str, counts: dict[str, int], number: int = 1) -> None:
+        self._drops.add(reason, number)
         if counts:
             self._drops.put_back(counts)
 

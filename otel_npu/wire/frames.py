@@ -276,6 +276,8 @@ encode = msgspec.msgpack.Encoder().encode
 decode_flushed = msgspec.msgpack.Decoder(Flushed).decode
 _decode = msgspec.msgpack.Decoder(Frame).decode
 _decode_step = msgspec.msgpack.Decoder(Step).decode
+_decode_steps = msgspec.msgpack.Decoder(Steps).decode
+_STEPS_BEGIN: Final = encode(Steps([]))[:-1]
 
 
 def decode_frame(packet: bytes | memoryview) -> Frame:
@@ -289,6 +291,11 @@ def decode_frame(packet: bytes | memoryview) -> Frame:
     if check is not None:
         check(frame)
     return frame
+
+
+def frames_in(packet: bytes) -> int:
+    """How many frames a packet of ours is: several steps may share one."""
+    return len(_decode_steps(packet).steps) if packet.startswith(_STEPS_BEGIN) else 1
 
 
 def decode_step(packet: bytes | memoryview | msgspec.Raw) -> Step:
