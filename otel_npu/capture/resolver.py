@@ -53,15 +53,22 @@ class Resolver:
         steps: list[StepRecord] = list(itertools.islice(pending, self._finished(pending, most)))
         if not steps:
             return 0
+        sending = False
         try:
             for _ in steps:
                 pending.popleft()
             seen_ns = perf_counter_ns()
             for step in steps:
                 self._read(step.stages)
-            self._send(steps, seen_ns)
+            packets = self._packets(steps, seen_ns)
+            sending = True
+            for packet, dropped in packets:
+                self._channel.send(packet, dropped)
         except BaseException as error:
-            self._lose(steps, pending, error)
+            if from_outside(error) and not sending:
+                _put_back(steps, pending)
+            else:
+                self._lose(steps, pending)
             raise
         for step in steps:
             if self._log_stages and not step.bare:
@@ -71,15 +78,14 @@ class Resolver:
             step.stages = []  # they refer to each other; let them go without the garbage collector
         return len(steps)
 
-    def _lose(self, steps: list[StepRecord], pending: Any, error: BaseException) -> None:
+    def _lose(self, steps: list[StepRecord], pending: Any) -> None:
         """Steps that could not be resolved must not be in the way of the next ones."""
         for step in steps:
             if pending and pending[0] is step:
                 pending.popleft()
             give_up(step, self._drops)
+        self._drops.add(semconv.INTERRUPTED, len(steps))
         self._drops.lost += len(steps)
-        if from_outside(error):
-            self._drops.add(semconv.INTERRUPTED, len(steps))
 
     def _finished(self, pending: Any, most: int) -> int:
         """How many of the oldest steps are done.
@@ -154,30 +160,34 @@ class Resolver:
                 raise
             return None
 
-    def _send(self, steps: list[StepRecord], seen_ns: int, *, shrunk: bool = False) -> None:
-        """Send steps in one packet, or in as many as they need; one that can't be sent costs no other."""
+    def _packets(
+        self, steps: list[StepRecord], seen_ns: int, *, shrunk: bool = False
+    ) -> list[tuple[bytes, dict[str, int]]]:
+        """The steps in one packet, or in as many as they need, each with its drop counts.
+
+        One that can't be sent costs no other.
+        """
         dropped = self._drops.take_unsent()
         packet = b""
         try:
             packet = self._pack(steps, seen_ns, dropped)
         except Exception as error:
             if from_outside(error):
+                self._drops.put_back(dropped)
                 raise
             _log.debug("%d steps could not be encoded", len(steps), exc_info=True)
         if packet and (shrunk or len(packet) <= frames.MAX_FRAME_BYTES):
-            self._channel.send(packet, dropped)
-            return
+            return [(packet, dropped)]
         self._drops.put_back(dropped)
         if len(steps) > 1:
             half = len(steps) // 2
-            self._send(steps[:half], seen_ns)
-            self._send(steps[half:], seen_ns)
-        elif packet:
+            return self._packets(steps[:half], seen_ns) + self._packets(steps[half:], seen_ns)
+        if packet:
             self._shrink(steps[0])
-            self._send(steps, seen_ns, shrunk=True)
-        else:
-            self._drops.add(semconv.INTERNAL_ERROR)
-            self._drops.lost += 1
+            return self._packets(steps, seen_ns, shrunk=True)
+        self._drops.add(semconv.INTERNAL_ERROR)
+        self._drops.lost += 1
+        return []
 
     def _shrink(self, step: StepRecord) -> None:
         """Take the largest attributes from a step that is too large for a packet, until it fits.
@@ -226,6 +236,11 @@ class Resolver:
 
 
 _NONE: Final[dict[str, int]] = {}
+
+
+def _put_back(steps: list[StepRecord], pending: Any) -> None:
+    """The program's own exception struck before anything was sent: they are resolved the next time."""
+    pending.extendleft(step for step in reversed(steps) if step not in pending)
 
 
 def _done(step: StepRecord, done_on: set[int], drops: Drops) -> bool:
