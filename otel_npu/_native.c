@@ -191,6 +191,21 @@ static PyObject *take_error(void)
     return value;
 }
 
+/* What has become of an error: raised again if what was made of it says that it goes on. Takes both over. */
+static int settle(PyObject *goes_on, PyObject *error)
+{
+    int raise = goes_on == NULL ? -1 : PyObject_IsTrue(goes_on);
+    Py_XDECREF(goes_on);
+    if (raise < 1) {
+        Py_DECREF(error);
+        return raise;
+    }
+    PyObject *type = (PyObject *)Py_TYPE(error);
+    Py_INCREF(type);
+    PyErr_Restore(type, error, PyException_GetTraceback(error));
+    return -1;
+}
+
 /* What an attribute of an object is, as a flag; -1 with an error. */
 static int flag(PyObject *object, PyObject *name)
 {
@@ -380,17 +395,17 @@ static int begin_step(StepRecord *self)
 
 static PyObject *step_open(StepRecord *self, PyObject *Py_UNUSED(nothing))
 {
-    PyObject *done = NULL;
-    if (self->closed_ns != -1)
-        done = PyObject_CallMethodNoArgs((PyObject *)self, str_open_again);
-    else if (begin_step(self) < 0) {
+    if (self->closed_ns != -1) {
+        PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, str_open_again);
+        Py_XDECREF(done);
+        return done == NULL ? NULL : Py_NewRef((PyObject *)self);
+    }
+    if (begin_step(self) < 0) {
         PyObject *error = take_error();
-        done = PyObject_CallMethodOneArg((PyObject *)self, str_not_opened, error);
-        Py_DECREF(error);
-    } else
-        return Py_NewRef((PyObject *)self);
-    Py_XDECREF(done);
-    return done == NULL ? NULL : Py_NewRef((PyObject *)self);
+        if (settle(PyObject_CallMethodOneArg((PyObject *)self, str_not_opened, error), error) < 0)
+            return NULL;
+    }
+    return Py_NewRef((PyObject *)self);
 }
 
 static int close_step(StepRecord *self, PyObject *error)
@@ -671,16 +686,14 @@ static PyObject *stage_enter(StageRecord *self, PyObject *Py_UNUSED(nothing))
     }
     PyObject *pair = NULL;
     int failed = enter(self, &pair);
-    PyObject *result = Py_None;
-    Py_INCREF(result);
     if (failed) {
-        PyObject *error = take_error();
-        Py_SETREF(result, PyObject_CallMethodObjArgs(
-            (PyObject *)self, str_not_entered, pair == NULL ? Py_None : pair, error, NULL));
-        Py_DECREF(error);
+        PyObject *error = take_error(), *given = pair == NULL ? Py_None : pair;
+        failed = settle(PyObject_CallMethodObjArgs((PyObject *)self, str_not_entered, given, error, NULL), error);
     }
     Py_XDECREF(pair);
-    return result;
+    if (failed)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *stage_exit(StageRecord *self, PyObject *const *args, Py_ssize_t count)
@@ -714,11 +727,12 @@ static PyObject *stage_exit(StageRecord *self, PyObject *const *args, Py_ssize_t
         result = PyObject_CallMethodNoArgs(step, str_close);
     }
     if (result == NULL) {
-        PyObject *error = take_error(), *exited = PyLong_FromLongLong(exited_ns);
+        PyObject *error = take_error(), *exited = PyLong_FromLongLong(exited_ns), *goes_on = NULL;
         if (exited != NULL)
-            result = PyObject_CallMethodObjArgs((PyObject *)self, str_not_exited, step, exited, error, NULL);
+            goes_on = PyObject_CallMethodObjArgs((PyObject *)self, str_not_exited, step, exited, error, NULL);
         Py_XDECREF(exited);
-        Py_DECREF(error);
+        if (settle(goes_on, error) == 0)
+            result = Py_NewRef(Py_None);
     }
     Py_DECREF(step);
     return result;

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType, TracebackType
 
 
-def from_outside(error: BaseException) -> bool:
+def from_outside(error: BaseException | None) -> bool:
     """Whether an exception that struck in the midst of our lines is the program's, to be raised again.
 
     What is no `Exception` always is. Any other is if it came by way of a signal handler, which is called with the
     frame that it interrupts, and not by us.
     """
     if not isinstance(error, Exception):
-        return True
+        return error is not None
     below: FrameType | None = None
     handlers: set[CodeType] | None = None
     traceback: TracebackType | None = error.__traceback__

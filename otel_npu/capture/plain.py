@@ -9,6 +9,7 @@ what it leaves half done is undone.
 
 from __future__ import annotations
 
+import weakref
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -66,6 +67,7 @@ class StepRecord:
         capture: What it is captured by.
         kind: What it does.
         number: Of this process; in an engine's worker the engine's.
+        held: Sees to it that it is closed when nobody holds it any more.
         ids: Which trace it belongs to; None if to none.
         rank: The worker's in its engine, and whether its output is what the engine waits for.
         bare: Whether it is only there for a stage that runs in no step, and has no span of its own.
@@ -87,6 +89,7 @@ class StepRecord:
         "closed_ns",
         "error",
         "hang_reported",
+        "held",
         "ids",
         "kind",
         "number",
@@ -104,6 +107,7 @@ class StepRecord:
     closed_ns: int
     error: type[BaseException] | None
     hang_reported: bool
+    held: Any
     ids: Ids | None
     kind: str
     number: int
@@ -134,7 +138,8 @@ class StepRecord:
             thread.open[id(self)] = self
             open_step.set(self)
         except BaseException as error:
-            self._not_opened(error)
+            if self._not_opened(error):
+                raise
         return self
 
     def close(self, error: type[BaseException] | None = None) -> None:
@@ -160,7 +165,7 @@ class StepRecord:
     def _choose(self) -> Ids | None:
         raise NotImplementedError
 
-    def _not_opened(self, error: BaseException) -> None:
+    def _not_opened(self, error: BaseException) -> bool:
         raise NotImplementedError
 
     def let_go(self) -> None:
@@ -169,33 +174,35 @@ class StepRecord:
 
 
 class Handle:
-    """A step in the program's hands. Let go while it is open, because a signal handler raised, it is closed."""
+    """A step in the program's hands. Let go while it is open, because a signal handler raised, it is closed.
 
-    __slots__ = ("step",)
+    Not by `__del__`: what a signal handler raises in the midst of that, Python swallows.
+    """
+
+    __slots__ = ("__weakref__", "step")
 
     def __init__(self, step: StepRecord) -> None:
         self.step = step
 
     def open(self) -> Handle:
         """Begin the step on the calling thread."""
-        self.step.open()
+        step = self.step
+        step.held = weakref.ref(self, lambda _: step.let_go() if step.closed_ns == 0 else None)  # before it is open
+        step.open()
         return self
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """End the step. `error` is the type of what went wrong in it."""
         self.step.close(error)
+        self.step.held = None
 
     def __enter__(self) -> None:
-        self.step.open()
+        self.open()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.step.close(kind)
-
-    def __del__(self) -> None:
-        if self.step.closed_ns == 0:
-            self.step.let_go()
+        self.close(kind)
 
 
 class StageRecord:
@@ -241,7 +248,7 @@ class StageRecord:
     step: Any
     stream: Any
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> None:  # noqa: C901 (what it calls out to costs more than all of it)
         if self.step is not None and not self._enter_again():
             return
         pair = None
@@ -271,7 +278,8 @@ class StageRecord:
             if pair is not None:
                 pair.record_start(stream.handle)
         except BaseException as error:
-            self._not_entered(pair, error)
+            if self._not_entered(pair, error):
+                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -290,7 +298,8 @@ class StageRecord:
             if step.bare and step.stages and step.stages[0] is self:
                 step.close()
         except BaseException as error:
-            self._not_exited(step, exited_ns, error)
+            if self._not_exited(step, exited_ns, error):
+                raise
 
     def _enter_again(self) -> bool:
         raise NotImplementedError
@@ -307,10 +316,10 @@ class StageRecord:
     def _capture_check(self) -> None:
         raise NotImplementedError
 
-    def _not_entered(self, pair: Any, error: BaseException) -> None:
+    def _not_entered(self, pair: Any, error: BaseException) -> bool:
         raise NotImplementedError
 
-    def _not_exited(self, step: Any, exited_ns: int, error: BaseException) -> None:
+    def _not_exited(self, step: Any, exited_ns: int, error: BaseException) -> bool:
         raise NotImplementedError
 
 

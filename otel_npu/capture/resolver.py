@@ -254,14 +254,15 @@ def _done(step: StepRecord, done_on: set[int], drops: Drops) -> bool:
     stages = step.stages
     last: dict[int, Pair] = {}
     latest: dict[int, int] = {}
-    for index, stage in enumerate(stages):
-        exited_ns = stage.exited_ns
-        if not exited_ns:
+    for index in range(len(stages)):  # none of them in a variable: who else holds it is looked at
+        if not stages[index].exited_ns:
             if not abandoned(stages, index):
                 return False
             drops.add(semconv.INTERRUPTED)
-            let_go(stage, step.closed_ns, drops)
-        elif stage.pair is not None:
+            let_go(stages[index], step.closed_ns, drops)
+    for stage in stages:
+        exited_ns = stage.exited_ns
+        if stage.pair is not None:
             stream = id(stage.stream)
             if stream not in done_on and exited_ns >= latest.get(stream, 0):
                 last[stream] = stage.pair

@@ -139,14 +139,18 @@ class Capture:
         )
         self.stop_capture()
 
-    def own_fault(self, error: BaseException | None = None) -> None:
-        """A fault of ours, the one that is being handled if no other: counted, and never the program's.
+    def own_fault(self) -> None:
+        """A fault of ours, which is being handled: counted, and never the program's.
 
         It may be the program's all the same: an exception out of a signal handler that ran in the midst of our lines.
         Then it goes on.
         """
-        error = sys.exc_info()[1] if error is None else error
-        if error is not None and from_outside(error):
-            raise error
+        if from_outside(sys.exc_info()[1]):
+            # In no variable: the frames that it passed through would keep themselves, and what is open in them.
+            raise  # noqa: PLE0704
+        self.count_fault(sys.exc_info()[1])
+
+    def count_fault(self, error: BaseException | None) -> None:
+        """Count a fault of ours, for whoever debugs."""
         self.drops.add(semconv.INTERNAL_ERROR)
         _log.debug("a fault of otel-npu's own; the program is not affected", exc_info=error)

@@ -93,8 +93,8 @@ class Stage(StageRecord):
             self.capture.drops.add(semconv.POOL_EXHAUSTED)
         return pair
 
-    def _not_entered(self, pair: Pair | None, error: BaseException) -> None:
-        """The entry failed, by whosever fault: this use is left out, and the program's own error goes on to it."""
+    def _not_entered(self, pair: Pair | None, error: BaseException) -> bool:
+        """The entry failed: this use is left out. Whether the error is the program's, and goes on."""
         capture = self.capture
         outside = from_outside(error)
         recorded = pair if self.step is not None and not outside else None
@@ -105,42 +105,42 @@ class Stage(StageRecord):
                 step.stages.remove(self)
             if step.bare and not step.stages:
                 step.undo()
-        if recorded is not None:
-            if _made(recorded, recorded.start):
-                capture.stop_for_the_models_error()
-                raise error
-            _refused(capture, recorded)
-        elif pair is not None:
+        if recorded is None and pair is not None:
             pair.pool.free.append(pair)
+        if outside:
+            capture.drops.add(semconv.INTERRUPTED)
+            return True
         if isinstance(error, _LeftOutError):
             capture.drops.add(error.reason)
-        elif outside:
-            capture.drops.add(semconv.INTERRUPTED)
-            raise error
         elif recorded is None:
-            capture.own_fault(error)
+            capture.count_fault(error)
+        elif _made(recorded, recorded.start):
+            capture.stop_for_the_models_error()
+            return True
+        else:
+            _refused(capture, recorded)
         _LeftOut(self)
+        return False
 
-    def _not_exited(self, step: Step, exited_ns: int, error: BaseException) -> None:
-        """The exit failed: the stage has host times alone, so that its step doesn't wait for what was not recorded."""
+    def _not_exited(self, step: Step, exited_ns: int, error: BaseException) -> bool:
+        """The exit failed: the stage has host times alone. Whether the error is the program's, and goes on."""
         capture = step.capture
         pair, self.pair = self.pair, None
         self.exited_ns = exited_ns or perf_counter_ns()
-        outside = from_outside(error)
-        if outside:
+        goes_on = True
+        if from_outside(error):
             capture.drops.add(semconv.INTERRUPTED)
             if pair is not None:
                 pair.pool.free.append(pair)
         elif pair is not None and not _made(pair, pair.end):
+            goes_on = False
             _refused(capture, pair)
         else:
-            outside = True
             capture.drops.add(semconv.TIMES_UNREADABLE)
             capture.stop_for_the_models_error()
         if step.bare and step.stages and step.stages[0] is self:
             step.close()
-        if outside:
-            raise error
+        return goes_on
 
     def _enter_again(self) -> bool:
         """Make room for another use of the same object; False if the one before is still open."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import semconv
 from otel_npu.capture import context
 from otel_npu.capture.context import open_step
+from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.plain import NOT_OPENED
 from otel_npu.capture.records import NO_RANK, StepRecord, abandoned
 
@@ -83,9 +84,14 @@ class Step(StepRecord):
             return context.child_of(*ids, kept=capture.limiter.allow(self.kind))
         return context.new_root(kept=capture.limiter.allow(self.kind)) if capture.root_traces else None
 
-    def _not_opened(self, error: BaseException) -> None:
+    def _not_opened(self, error: BaseException) -> bool:
+        """It does not begin. Whether the error is the program's, and goes on."""
         self.undo()
-        self.capture.own_fault(error)
+        if from_outside(error):
+            self.capture.drops.add(semconv.INTERRUPTED)
+            return True
+        self.capture.count_fault(error)
+        return False
 
     def let_go(self) -> None:
         """Nobody can close it any more: a signal handler raised while it was left, or it was forgotten."""
