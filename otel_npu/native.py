@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,6 @@ native: ModuleType | Any = None
 
 if os.environ.get("OTEL_NPU_PURE_PYTHON", "") in ("", "0"):
     try:
-        from otel_npu import _native as native  # type: ignore[no-redef]
+        native = importlib.import_module("otel_npu._native")
     except ImportError:  # no compiler where it was installed
         native = None

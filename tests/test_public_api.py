@@ -41,7 +41,7 @@ def test_every_name_is_there() -> None:
 
 def test_no_other_name_is() -> None:
     with pytest.raises(AttributeError, match="module 'otel_npu' has no attribute 'trace'"):
-        otel_npu.trace  # noqa: B018
+        otel_npu.trace  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_every_name_says_what_it_is_for() -> None:
@@ -54,8 +54,7 @@ def test_importing_it_brings_in_nothing_heavy(run_program: Callable[..., Any]) -
         import sys
         import otel_npu
         assert not [name for name in {HEAVY} if name in sys.modules]
-        small = ("otel_npu._version", "otel_npu.loading")
-        assert not [name for name in sys.modules if name.startswith("otel_npu.") and name not in small]
+        assert "otel_npu.capture.switch" in sys.modules  # a child forked meanwhile could not import it any more
         """
     )
 

@@ -51,7 +51,7 @@ class Rank(NamedTuple):
     returns_output: bool
 
 
-NO_RANK: Final = Rank(-1, returns_output=False)
+NO_RANK: Final[Rank] = Rank(-1, returns_output=False)
 
 
 def abandoned(stages: list[Any], index: int) -> bool:

@@ -10,7 +10,10 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from otel_npu import loading
+from otel_npu.devices.cpu import Cpu
+from otel_npu.devices.npu import Npu
+from otel_npu.devices.simulated import default_device
+from otel_npu.devices.torch_event import TorchEvents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,18 +97,9 @@ def find(kind: str) -> Device | None:
     Raises:
         ValueError: There can be no such device in this process; the text says why.
     """
-    with loading.lock:
-        return _find(kind)
-
-
-def _find(kind: str) -> Device | None:
     if kind == "cpu":
-        from otel_npu.devices.cpu import Cpu
-
         return Cpu()
     if kind == "simulated":
-        from otel_npu.devices.simulated import default_device
-
         return default_device()
     torch = sys.modules.get("torch")
     accelerator = _accelerator(torch)
@@ -115,7 +109,7 @@ def _find(kind: str) -> Device | None:
             raise ValueError("this torch was built without it")
         if kind != "auto":
             _may_come(kind)
-        return _find("cpu") if imported and kind == "auto" else None
+        return find("cpu") if imported and kind == "auto" else None
     if kind not in ("auto", accelerator):
         raise ValueError(f"torch's accelerator here is {accelerator!r}, not {kind!r}")
     if not getattr(torch, accelerator).is_initialized():
@@ -145,11 +139,7 @@ def _may_come(kind: str) -> None:
 def _open(accelerator: str) -> Device:
     """The one device of a process: it has the events, and they outlive whoever records them."""
     if accelerator == "npu":
-        from otel_npu.devices.npu import Npu
-
         return Npu.open()
-    from otel_npu.devices.torch_event import TorchEvents
-
     return TorchEvents(accelerator)
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from otel_npu import loading, semconv
+from otel_npu import semconv
 from otel_npu.settings import QUEUE_BYTES
 from otel_npu.wire import rendezvous
 from otel_npu.wire.start import NoInterpreterError, StartedRelay
@@ -120,19 +120,16 @@ class RelayLink:
         return meeting.connection
 
     def _start_thread(self) -> socket.socket:
-        with loading.lock:
-            from otel_npu.relay.server import Server, exporters_of
+        from otel_npu.relay.server import Server, exporters_of
 
-            environment = {**os.environ, **self._environment}
-            exporters = exporters_of(environment)
-
+        environment = {**os.environ, **self._environment}
+        exporters = exporters_of(environment)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as closing:
             closing.callback(ours.close)
             closing.callback(theirs.close)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
-            with loading.lock:
-                server = Server(exporters, environment=environment)
+            server = Server(exporters, environment=environment)
             server.add_client(theirs)
             thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
             thread.start()

@@ -134,7 +134,7 @@ def test_a_child_forked_while_a_thread_uses_the_first_stage_is_traced(
         def first():
             with otel_npu.stage("first"): pass
 
-        for _ in range(3):  # at several moments of the import
+        for _ in range(3):
             thread = threading.Thread(target=first)
             thread.start()
             pid = os.fork()
