@@ -23,7 +23,7 @@ SURFACE = {
     "stage",
     "step",
 }
-HEAVY = ("torch", "torch_npu", "opentelemetry", "msgspec", "grpc", "google.protobuf", "numpy", "vllm")
+HEAVY = ("torch", "torch_npu", "opentelemetry", "grpc", "google.protobuf", "numpy", "vllm")
 
 
 def test_the_surface_is_exactly_this() -> None:

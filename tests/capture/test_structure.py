@@ -55,20 +55,3 @@ def test_a_package_imports_none_above_it(below: str, above: str) -> None:
     for path in modules(below).values():
         found = {".".join(imported.split(".")[:2]) for imported in imports(path)}
         assert not found & upwards, path
-
-
-@pytest.mark.parametrize("package", ["relay", "vllm"])
-def test_no_two_modules_import_each_other(package: str) -> None:
-    there = modules(package)
-    edges = {
-        name: {
-            part
-            for imported in imports(path)
-            if imported.startswith(f"otel_npu.{package}.")
-            for part in imported.split(".")[2:]
-            if part in there and part != name
-        }
-        for name, path in there.items()
-    }
-    mutual = {tuple(sorted((name, other))) for name in edges for other in edges[name] if name in edges[other]}
-    assert not mutual
