@@ -9,12 +9,14 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from otel_npu.settings import PURE_PYTHON
+
 if TYPE_CHECKING:
     from types import ModuleType
 
 native: ModuleType | Any = None
 
-if os.environ.get("OTEL_NPU_PURE_PYTHON", "") in ("", "0"):
+if os.environ.get(PURE_PYTHON, "") in ("", "0"):
     try:
         native = importlib.import_module("otel_npu._native")
     except ImportError:  # no compiler where it was installed

@@ -26,6 +26,7 @@ LOG_STAGES: Final = "OTEL_NPU_LOG_STAGES"
 STAGES: Final = "OTEL_NPU_STAGES"
 QUEUE_BYTES: Final = "OTEL_NPU_QUEUE_BYTES"
 SESSION: Final = "OTEL_NPU_SESSION"
+PURE_PYTHON: Final = "OTEL_NPU_PURE_PYTHON"
 
 _EXPORTS: Final = ("relay", "inprocess")
 _REQUEST_SPANS: Final = ("summary", "detail", "off")
@@ -129,7 +130,7 @@ def sdk_disabled(environment: Mapping[str, str] | None = None) -> bool:
 
 VARIABLES: Final = (
     *(ENABLED, ENABLED_ALIAS, DEVICE, EXPORT, REQUEST_SPANS, STEPS_PER_SECOND, SLOW_STEP, HANG_SECONDS, LOG_STAGES),
-    *(STAGES, QUEUE_BYTES, SESSION),
+    *(STAGES, QUEUE_BYTES, SESSION, PURE_PYTHON),
 )
 
 
