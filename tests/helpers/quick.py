@@ -1,4 +1,4 @@
-"""Quick tests stay quick: one that takes long without being marked as slow fails the run, and so do too many of them.
+"""Quick tests stay quick: one that takes long without being marked as slow is named at the end, and so are too many.
 
 Processor time counts, with that of the processes that a test has waited for: a busy machine does not change it much.
 """
@@ -36,12 +36,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{len(_taken)} quick tests took {sum(_taken.values()):.0f} s of processor time")
     for complaint in _complaints():
         terminalreporter.write_line(complaint, red=True)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the run."""
-    if _complaints() and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _complaints() -> list[str]:
