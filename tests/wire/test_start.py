@@ -65,12 +65,12 @@ def test_an_interpreter_that_is_not_there_is_none(nowhere: Path, monkeypatch: py
 
 def test_the_relay_finds_what_the_program_finds_but_the_programs_own_modules_last() -> None:
     path = ["/app", "/vendored", "", "relative", "/site", "/vendored", types, "/a:b", ROOT]
-    found = start.module_path(path, "/work", "/app/main.py")
-    assert found == ["/vendored", "/work/relative", "/site", ROOT, "/app", "/work"]
+    found = start.module_path(path, "/srv", "/app/main.py")
+    assert found == ["/vendored", "/srv/relative", "/site", ROOT, "/app", "/srv"]
 
 
 def test_the_package_itself_is_found_although_the_program_does_not_find_it() -> None:
-    assert start.module_path(["/site"], "/work", None) == ["/site", ROOT]
+    assert start.module_path(["/site"], "/srv", None) == ["/site", ROOT]
 
 
 def test_a_working_directory_that_has_been_removed_is_left_out() -> None:
