@@ -38,7 +38,8 @@ class Scheduler:
     def schedule(self, tokens: dict[str, int], preempted: tuple[str, ...] = ()) -> Any:
         for request_id, count in tokens.items():
             self.requests[request_id].num_computed_tokens += count
-        new, self.seen = tokens.keys() - self.seen, self.seen | tokens.keys()
+        new = tokens.keys() - self.seen
+        self.seen |= tokens.keys()
         finished, self.finished = self.finished, set()
         return types.SimpleNamespace(
             num_scheduled_tokens=tokens,
