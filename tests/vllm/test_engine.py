@@ -38,7 +38,7 @@ class Scheduler:
     def schedule(self, tokens: dict[str, int], preempted: tuple[str, ...] = ()) -> Any:
         for request_id, count in tokens.items():
             self.requests[request_id].num_computed_tokens += count
-        new = tokens.keys() - self.seen
+        new = [request_id for request_id in tokens if request_id not in self.seen]
         self.seen |= tokens.keys()
         finished, self.finished = self.finished, set()
         return types.SimpleNamespace(
