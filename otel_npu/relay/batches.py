@@ -55,7 +55,7 @@ class Batch:
         """
         for span, content in zip(spans, encoded, strict=True):
             self.request.add(span, content)
-            if span.name in _CARRIERS:
+            if span.name.startswith(_CARRIERS):  # a rank's number may follow
                 self._note_drop_counts(span)
         if keep:
             self.spans += spans

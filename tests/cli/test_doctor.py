@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pytest
 
 from otel_npu import hooks
-from otel_npu.cli.doctor import accelerator, apart, settings, sources
+from otel_npu.cli.doctor import accelerator, apart, engine, settings, sources
 from otel_npu.cli.doctor.apart import Area
 from otel_npu.cli.doctor.findings import Finding, Status
 from otel_npu.hooks import Hook
@@ -180,20 +180,24 @@ class TestVllm:
         assert_red(report["vLLM hooks"], "OutputProcessor.do_tracing in vllm.v1.engine.output_processor", "otel-npu")
         assert f"1 of {len(VLLM_HOOKS)} targets" in report["vLLM hooks"]["found"]
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("plugins", ["other", "", "other, otel_npu"])
-    def test_a_plugin_that_is_excluded(self, stub_vllm: Callable[..., str], plugins: str) -> None:
-        report = doctor({**QUICK, "PYTHONPATH": stub_vllm(), "VLLM_PLUGINS": plugins})
-        assert report.code == 1
-        assert_red(report["vLLM plugin"], "excluded: VLLM_PLUGINS=", "otel_npu")
+    def test_a_plugin_that_is_excluded(self, monkeypatch: pytest.MonkeyPatch, plugins: str) -> None:
+        monkeypatch.setattr(sources, "installed", lambda _: True)
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        [finding] = engine.plugin()
+        assert finding.status is Status.FAILED
+        assert "excluded: VLLM_PLUGINS=" in finding.found
+        assert "otel_npu" in finding.cure
 
-    def test_a_plugin_that_is_named(self, stub_vllm: Callable[..., str]) -> None:
+    def test_a_plugin_that_is_named_and_what_is_not_supported(self, stub_vllm: Callable[..., str]) -> None:
         report = doctor({**QUICK, "PYTHONPATH": stub_vllm(), "VLLM_PLUGINS": "other,otel_npu"})
         assert report["vLLM plugin"]["status"] == "ok"
+        found = report["not traced"]["found"]
+        assert all(words in found for words in ("VLLM_USE_RUST_FRONTEND", "stream", "traces of their steps", "Ray"))
 
     def test_without_vllm_there_is_nothing_to_check(self, bare_python: str) -> None:
         report = doctor(QUICK, python=bare_python)
-        names = ("vLLM", "vllm-ascend", "vLLM hooks", "vLLM plugin")
+        names = ("vLLM", "vllm-ascend", "vLLM hooks", "vLLM plugin", "not traced")
         assert {report[check]["status"] for check in names} == {NOT_NEEDED}
 
 

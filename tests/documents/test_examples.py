@@ -52,7 +52,7 @@ def test_from_profile_execute_duration(receiver: Receiver) -> None:
     done = run("from_profile_execute_duration.py", OTEL_NPU_LOG_STAGES="1", **receiver.grpc_environment)
     receiver.wait_for(3 * 2 + 3 * 3)
     assert sum(line.startswith("[prepare input]") for line in done.stdout.splitlines()) == 3
-    assert done.stderr.count("Profile execute duration [Decode]: [forward]") == 3
+    assert done.stderr.count("Profile execute duration [Decode]: [prepare_input]") == 3
     steps = {span.span_id for span in receiver.named("worker_step")}
     assert [span.parent_span_id in steps for span in receiver.named("prepare_input")] == [True] * 3
     assert len(receiver.named("prepare input")) == 3

@@ -366,11 +366,12 @@ def test_one_exporter_does_not_wait_for_the_other(exporter: Exporter, sender: Se
     assert exporter.names == ["first", "second"]
 
 
-def test_the_counts_on_a_step_span_that_is_lost_go_with_a_later_one(sender: Sender) -> None:
+@pytest.mark.parametrize("name", ["worker_step", "worker_step rank 1", "engine_step"])
+def test_the_counts_on_a_step_span_that_is_lost_go_with_a_later_one(sender: Sender, name: str) -> None:
     """Else what was dropped while the receiver was down would never be known: its count was dropped with it."""
     bench = Bench(sender)
     sender.says = lambda _: Never("401")
-    bench.put(*spans("worker_step", **{"npu.dropped.pool_exhausted": 3, "npu.dropped.queue_full": 5}))
+    bench.put(*spans(name, **{"npu.dropped.pool_exhausted": 3, "npu.dropped.queue_full": 5}))
     bench.flush()
     assert bench.drops.take_unsent() == {"export_refused": 1, "pool_exhausted": 3, "queue_full": 5}
     assert bench.drops.take_line() == "1 export_refused"  # the log has had the others

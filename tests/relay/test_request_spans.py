@@ -279,6 +279,19 @@ def test_an_end_of_a_request_that_nobody_knows_is_forgotten(joined: Joined) -> N
     assert joined.drops.take_line() == ""
 
 
+def test_nothing_is_left_of_requests_that_vllm_rejects_on_arrival(joined: Joined) -> None:
+    """Whether its engine has refused it before it knew it, or has known it and never scheduled it."""
+    joined.open(*range(1, 101))
+    for number in range(1, 201):
+        joined.end(number, 0, "error")
+    joined.schedule(1, {}, total_tokens=0, total_requests=0, ended=list(range(1, 101)))
+    joined.pass_seconds(2.1)
+    assert joined.is_empty()
+    assert joined.drops.take_line() == ""
+    assert names(joined) == ["queue"] * 100
+    assert {attributes(span)["npu.request.finish_reason"] for span in joined.spans} == {"error"}
+
+
 def test_where_the_front_end_is_on_another_host_the_engines_end_counts(joined: Joined) -> None:
     joined.open(1)
     joined.step(1, 1, prefill=True)

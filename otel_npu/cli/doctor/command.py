@@ -33,7 +33,7 @@ def _all_findings() -> list[Finding]:
     with ThreadPoolExecutor(len(apart.AREAS)) as pool:
         accelerator, relay, endpoint = (pool.submit(apart.run, area) for area in ("accelerator", "relay", "endpoint"))
         quick = [list(check()) for check in (settings.tracing, settings.service, settings.environment, runtime.folder)]
-        vllm = [*engine.versions(), *engine.targets(), *engine.plugin()]
+        vllm = [*engine.versions(), *engine.targets(), *engine.plugin(), *engine.limits()]
         tracing, service, environment, folder = quick
         return [
             *_python(),

@@ -17,11 +17,16 @@ VLLM: Final = "vLLM"
 VLLM_ASCEND: Final = "vllm-ascend"
 HOOKS: Final = "vLLM hooks"
 PLUGIN: Final = "vLLM plugin"
+LIMITS: Final = "not traced"
 
 _GROUP: Final = "vllm.general_plugins"
 _NAME: Final = "otel_npu"
 _PLUGINS: Final = "VLLM_PLUGINS"
 _RUST: Final = "VLLM_USE_RUST_FRONTEND"
+_LIMITS: Final = (
+    f"requests through the Rust front end ({_RUST}), and sessions whose input is a stream: there are traces of their "
+    "steps, but none of the requests. Ray: vLLM has none on a CPU, so it was never run with it"
+)
 
 
 def versions() -> Iterator[Finding]:
@@ -88,3 +93,8 @@ def plugin() -> Iterator[Finding]:
         )
     else:
         yield ok(PLUGIN, f"registered as {_NAME}")
+
+
+def limits() -> Iterator[Finding]:
+    """What of vLLM is not supported, and what is seen then."""
+    yield not_applicable(LIMITS, _LIMITS if sources.installed("vllm") else "vLLM is not installed")
