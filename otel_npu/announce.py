@@ -35,7 +35,15 @@ def is_on(settings: Settings, device: Device) -> None:
     if _leads_nowhere(environment):
         return  # the relay says so, and why
     where = destination(environment)
-    text = f"otel-npu is on: stages are timed by {clock}; spans go to {where}; {_kept(settings)}"
+    _say(f"otel-npu is on: stages are timed by {clock}; spans go to {where}; {_kept(settings)}")
+
+
+def stands_by() -> None:
+    """One line: that nothing is captured yet."""
+    _say("otel-npu stands by and captures nothing until somebody says `otel-npu on`")
+
+
+def _say(text: str) -> None:
     if _log.hasHandlers():
         _log.info("%s", text)  # whoever has set up logging decides who sees it
         return

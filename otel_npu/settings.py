@@ -30,6 +30,7 @@ PURE_PYTHON: Final = "OTEL_NPU_PURE_PYTHON"
 
 _EXPORTS: Final = ("relay", "inprocess")
 _REQUEST_SPANS: Final = ("summary", "detail", "off")
+STANDBY: Final = "standby"
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"", "0", "false", "no", "off"})
 
@@ -64,6 +65,7 @@ class Settings:
         queue_bytes: How many bytes of spans the relay holds at most while their receiver takes none.
         root_traces: Whether steps outside of any sampled trace may begin traces of their own.
         environment: Standard `OTEL_*` variables for the exporter, in the place of this process's own.
+        standby: Whether nothing is captured until `otel-npu on` says so.
 
     Raises:
         SettingsError: A value is not one that the field takes.
@@ -81,6 +83,7 @@ class Settings:
     queue_bytes: int = 64_000_000
     root_traces: bool = True
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold credentials
+    standby: bool = False
 
     def __post_init__(self) -> None:
         for name, (good, takes) in _FIELDS.items():
@@ -102,8 +105,8 @@ class Settings:
         if environment is None:
             environment = os.environ
         read = _Reader(environment)
-        flags = [read(variable, _flag, default=False) for variable in (ENABLED, ENABLED_ALIAS)]  # both are checked
-        enabled = any(flags)
+        wanted: bool | str = read(ENABLED, _enabled, default=False)
+        enabled = read(ENABLED_ALIAS, _flag, default=False) or bool(wanted)
         if sdk_disabled(environment):
             enabled = False
         sampler = environment.get("OTEL_TRACES_SAMPLER", "").strip().lower()
@@ -120,6 +123,7 @@ class Settings:
             stages=read(STAGES, _stages, default=cls.stages),
             queue_bytes=read(QUEUE_BYTES, _bytes, default=cls.queue_bytes),
             root_traces=not off and sampler != "parentbased_always_off",
+            standby=wanted == STANDBY,
         )
 
 
@@ -168,6 +172,12 @@ def _flag(variable: str, value: str) -> bool:
     if value.lower() in _FALSE:
         return False
     raise _error(variable, value, "1 or 0 (also true, yes, on; false, no, off)")
+
+
+def _enabled(variable: str, value: str) -> Any:
+    if value.lower() in (*_TRUE, *_FALSE, STANDBY):
+        return STANDBY if value.lower() == STANDBY else _flag(variable, value)
+    raise _error(variable, value, "1, 0 or standby (also true, yes, on; false, no, off)")
 
 
 _RATE_TAKES: Final = "a number of steps a second, 0 or more, or 'all'"
@@ -276,7 +286,7 @@ def _are_named_stages(value: object) -> bool:
 
 
 _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    **dict.fromkeys(("enabled", "log_stages", "root_traces"), (_is_flag, "True or False")),
+    **dict.fromkeys(("enabled", "log_stages", "root_traces", "standby"), (_is_flag, "True or False")),
     "device": (_is_device, _DEVICE_TAKES),
     "export": (lambda value: value in _EXPORTS, _words(_EXPORTS)),
     "request_spans": (lambda value: value in _REQUEST_SPANS, _words(_REQUEST_SPANS)),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FLAG = "1 or 0 (also true, yes, on; false, no, off)"
+ENABLED = "1, 0 or standby (also true, yes, on; false, no, off)"
 RATE = "a number of steps a second, 0 or more, or 'all'"
 FACTOR = "how many times the usual, a number above 1, or 'off'"
 BYTES = "a whole number of bytes, 1000000 or more"
@@ -23,7 +24,7 @@ STAGES = "module:function=name, or module:Class.method=name; several are separat
 SECONDS = "a number of seconds above 0, or 'never'"
 DEVICE = "auto, npu, cpu, simulated or a torch device type such as cuda"
 BAD = [
-    ("OTEL_NPU_ENABLED", "maybe", FLAG),
+    ("OTEL_NPU_ENABLED", "maybe", ENABLED),
     ("VLLM_ASCEND_MODEL_EXECUTE_TIME_OBSERVE", "2", FLAG),
     ("OTEL_NPU_DEVICE", "npu:0", DEVICE),
     ("OTEL_NPU_DEVICE", "a device", DEVICE),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 IDLE_SECONDS: Final = 0.02
+OFF_SECONDS: Final = 0.2
+"""The same while capture is switched off: it costs what there is to do."""
 WATCH_SECONDS: Final = 1.0
 _STEPS_PER_TICK: Final = 64
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
@@ -76,6 +78,9 @@ class IdleThread:
         while True:
             try:
                 self._link.keep()
+                wanted = self._channel.take_switch()
+                if wanted is not None:
+                    self._capture.obey(on=wanted)
                 self.resolve()
                 self._channel.drain()
                 if time.monotonic() >= next_watch:
@@ -86,10 +91,14 @@ class IdleThread:
                     self.ping()
             except Exception:
                 self._capture.own_fault()
-            self._wake.wait(IDLE_SECONDS)
+            self._wake.wait(IDLE_SECONDS if self._busy() else OFF_SECONDS)
             self._wake.clear()
             if self._stop.is_set():
                 return
+
+    def _busy(self) -> bool:
+        capture = self._capture
+        return capture.on or self.flushing or any(thread.pending or thread.open for thread in list(capture.threads))
 
     def resolve(self) -> None:
         """Resolve for the threads that closed no step since the last time; to flush, for all."""
@@ -159,6 +168,8 @@ class IdleThread:
 
     def ping(self) -> None:
         """Look at the clock of each device that is in use."""
+        if not self._capture.on:
+            return
         device = self._capture.device
         pools = list(device.pools.values())
         # Not while a thread captures a graph: nobody knows what a driver makes of other work meanwhile.

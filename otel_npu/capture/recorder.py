@@ -40,13 +40,20 @@ class Recorder(Capture):
         settings: What was chosen.
         device: The device to record on; None finds it by the settings once the program has initialised it.
         turn_off: Called with the recorder when it is to capture nothing any more.
+        switch: Called with the recorder when somebody at the relay wants it to capture again, or not for the moment;
+            says whether it does then.
     """
 
     def __init__(
-        self, settings: Settings, device: Device | None = None, turn_off: Callable[[Recorder], None] = lambda _: None
+        self,
+        settings: Settings,
+        device: Device | None = None,
+        turn_off: Callable[[Recorder], None] = lambda _: None,
+        switch: Callable[[Recorder, bool], bool] = lambda _, on: on,
     ) -> None:
         super().__init__(settings, device)
         self._turn_off = turn_off
+        self._switch = switch
         self._instance_id = str(uuid.UUID(bytes=os.urandom(16), version=4))
         self._channel = Channel(self._hello, self.drops)
         self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
@@ -101,6 +108,17 @@ class Recorder(Capture):
         announce.is_on(self.settings, self.device)
 
     # Lifecycle.
+
+    def stand_by(self) -> None:
+        """Capture nothing before somebody wants it. The relay is told who this is."""
+        self.on, self.was_switched = False, True
+        self.send(frames.Switched(self.on))
+
+    def obey(self, *, on: bool) -> None:
+        """Somebody wants capture on or off: the relay is told what became of it."""
+        self.was_switched = True
+        self.on = self._switch(self, on)
+        self.send(frames.Switched(self.on))
 
     def stop_capture(self) -> None:
         """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
@@ -197,6 +215,7 @@ class Recorder(Capture):
             device_name=self._device_name(),
             device_resolution_ns=self.device.resolution_ns,
             slow_step=self.settings.slow_step,
+            on=self.on,
         )
 
     def _device_name(self) -> str:

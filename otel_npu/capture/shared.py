@@ -70,6 +70,10 @@ class Capture:
         self.drops = Drops()
         self.step_numbers = itertools.count(1)
         self.running = True
+        self.on = True
+        """Whether anything is captured: not while somebody at the relay wants it off."""
+        self.was_switched = False
+        """Whether it ever was off: a step's engine may have been, a moment longer than its worker."""
         self.threads: list[Thread] = []
         self.local = _Local(self.threads)
         self.root_traces = settings.root_traces
@@ -88,6 +92,10 @@ class Capture:
 
     def stop_capture(self) -> None:
         """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
+        raise NotImplementedError
+
+    def obey(self, *, on: bool) -> None:
+        """Capture again, or capture nothing for the moment."""
         raise NotImplementedError
 
     # Devices and streams.

@@ -33,6 +33,8 @@ _MAX_OFF_STAGES: Final = 1024
 _OFF_STEP: Final = OffStep()
 
 _recorder: Recorder | None = None
+_switched_off: Recorder | None = None
+"""The one that somebody at the relay has switched off: it waits to be switched on again."""
 _decided = False
 """Whether it is settled that tracing is on or off; the first stage or step settles it by the environment."""
 _forked_from: Settings | None = None
@@ -106,7 +108,7 @@ def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) 
 
 
 def enable(settings: Settings | None = None) -> bool:
-    """Turn tracing on; whether it is on now. Where it is on already nothing changes.
+    """Turn tracing on; whether it is on now. Where it is on already, or `otel-npu off` has been said, nothing changes.
 
     Args:
         settings: What to choose. Without them the environment is read, but for `OTEL_NPU_ENABLED`; a bad variable
@@ -120,9 +122,7 @@ def disable() -> None:
     global _decided  # noqa: PLW0603
     with _lock:
         _decided = True
-        recorder = _recorder
-    if recorder is not None:
-        turn_off(recorder)
+    _turn_all_off()
     _close_all()
 
 
@@ -137,7 +137,7 @@ def flush(timeout_seconds: float = 5.0) -> bool:
     Returns:
         Whether all of it was exported in time. True when tracing is off: there is nothing.
     """
-    recorder = _recorder
+    recorder = _recorder or _switched_off
     return True if recorder is None else recorder.flush(timeout_seconds)
 
 
@@ -155,11 +155,20 @@ def enable_on(device: Device, settings: Settings) -> None:
 
 def turn_off(recorder: Recorder) -> None:
     """Capture nothing any more with this recorder."""
-    global _recorder  # noqa: PLW0603
+    global _recorder, _switched_off  # noqa: PLW0603
     with _lock:
-        if _recorder is recorder:
-            _recorder = None
+        if recorder in (_recorder, _switched_off):
+            _recorder = _switched_off = None
             _closing.append(recorder)
+
+
+def switch(recorder: Recorder, on: bool) -> bool:
+    """Capture with this recorder again, or capture nothing for the moment; whether it captures now."""
+    global _recorder, _switched_off
+    with _lock:
+        if recorder in (_recorder, _switched_off):
+            _recorder, _switched_off = (recorder, None) if on else (None, recorder)
+        return _recorder is recorder
 
 
 def _decide() -> bool:
@@ -188,11 +197,17 @@ def _decide() -> bool:
 
 
 def _turn_on(settings: Settings | None, device: Device | None) -> bool:
-    global _recorder, _decided  # noqa: PLW0603
+    global _recorder, _switched_off, _decided  # noqa: PLW0603
     with _lock:
         try:
-            if _recorder is None:
-                _recorder = _begin(settings, device)
+            if _recorder is None and _switched_off is None:
+                recorder = _begin(settings, device)
+                if recorder is not None and recorder.settings.standby:
+                    _switched_off = recorder
+                    recorder.stand_by()
+                    announce.stands_by()
+                else:
+                    _recorder = recorder
             return _recorder is not None
         finally:
             _decided = True
@@ -204,7 +219,7 @@ def _begin(settings: Settings | None, device: Device | None) -> Recorder | None:
     try:
         if settings is None:  # to be asked for is enough, and a forked child is as its parent
             settings = replace(Settings.from_environment(), enabled=True)
-        recorder = Recorder(settings, device, turn_off)
+        recorder = Recorder(settings, device, turn_off, switch)
     except SettingsError as error:
         _log.error("%s; tracing is off", error)
         return None
@@ -246,10 +261,14 @@ def _close_all() -> None:
         _closing.pop().close(EXIT_SECONDS)
 
 
+def _turn_all_off() -> None:
+    for recorder in (_recorder, _switched_off):
+        if recorder is not None:
+            turn_off(recorder)
+
+
 def _at_exit() -> None:
-    recorder = _recorder
-    if recorder is not None:
-        turn_off(recorder)
+    _turn_all_off()
     _close_all()
 
 
@@ -264,11 +283,12 @@ def _close_at_exit() -> None:
 
 def _after_fork_in_child() -> None:
     """The child begins anew: threads, locks, sockets and device events are its parent's."""
-    global _recorder, _decided, _forked_from, _lock  # noqa: PLW0603
+    global _recorder, _switched_off, _decided, _forked_from, _lock  # noqa: PLW0603
     _lock = threading.RLock()
-    parent = _recorder
+    parent = _recorder or _switched_off
     if parent is not None:
-        _recorder, _decided, _forked_from = None, False, parent.settings
+        _decided, _forked_from = False, replace(parent.settings, standby=_recorder is None)
+        _recorder = _switched_off = None
         _off_stages.clear()  # whoever finds one there does not ask whether tracing is on
         parent.abandon()
         # Never destroyed: its events belong to a device context that this process does not have.

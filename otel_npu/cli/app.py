@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Optional, TypeAlias
 
 import typer
 
@@ -94,3 +94,42 @@ def doctor(
     from otel_npu.cli.doctor.command import run
 
     raise typer.Exit(run(json=json))
+
+
+Session: TypeAlias = Annotated[
+    Optional[str],  # noqa: UP045  typer reads it where `|` can't be evaluated
+    typer.Option("--session", help="Which session, where several run here.", show_default="the only one"),
+]
+Pid: TypeAlias = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--pid", help="The session of this process, or of what it has started.", show_default="any"),
+]
+
+
+@app.command()
+def status(
+    *,
+    session: Session = None,
+    pid: Pid = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say who is in a running session, what is on, how many steps a second, and what was left out."""
+    from otel_npu.cli.switch import status as run
+
+    raise typer.Exit(run(session, pid, json=json))
+
+
+@app.command()
+def off(*, session: Session = None, pid: Pid = None) -> None:
+    """Stop capture in all processes of a running session; they run on. What was captured is exported."""
+    from otel_npu.cli.switch import switch
+
+    raise typer.Exit(switch(session, pid, on=False))
+
+
+@app.command()
+def on(*, session: Session = None, pid: Pid = None) -> None:
+    """Start capture again, or at last, where OTEL_NPU_ENABLED=standby."""
+    from otel_npu.cli.switch import switch
+
+    raise typer.Exit(switch(session, pid, on=True))

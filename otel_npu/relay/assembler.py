@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from otel_npu import drops, semconv
 from otel_npu.drops import Drops
@@ -16,17 +16,42 @@ from otel_npu.relay.verdicts import Bubbles, launch_bound
 from otel_npu.slow import SlowSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 
-    from otel_npu.relay.metrics.counted import Counted
     from otel_npu.relay.placing import Placed
+    from otel_npu.relay.requests import OpenRequest
     from otel_npu.relay.spans import SpanMaker
     from otel_npu.relay.wall import WallClock
-    from otel_npu.wire.frames import Hello, Step, Unfinished
+    from otel_npu.wire.frames import Hello, Scheduled, Step, Unfinished
 
 _MAX_OUTER: Final = 256
+
+
+class Counting(Protocol):
+    """What is told of one process, kept as a trace or not; times are the host's monotonic clock's, in nanoseconds."""
+
+    def ran(self, ran: Ran) -> None:
+        """A step has run."""
+
+    def scheduled(self, frame: Scheduled) -> None:
+        """An engine has scheduled a step, or says that requests have left it."""
+
+    def straggled(self, kind: str, skew_ns: int, ran: Ran) -> None:
+        """In a step of this kind the others waited so long for this rank."""
+
+    def kept(self, ran: Ran, spans: Sequence[ReadableSpan], reason: str) -> None:
+        """A step has become a trace: these are its spans."""
+
+    def request(self, request: OpenRequest, spans: Sequence[ReadableSpan], unix_ns: int) -> None:
+        """A request is over: these are its spans."""
+
+    def hang(self, frame: Unfinished) -> None:
+        """A stage hangs."""
+
+    def drops(self, counts: Mapping[str, int]) -> None:
+        """The process has left out so much."""
 
 
 class Assembler:
@@ -46,9 +71,9 @@ class Assembler:
         wall: WallClock,
         limits: Callable[[], SpanLimits],
         slow: SlowSteps | None = None,
-        counted: Counted | None = None,
+        counted: Counting | None = None,
     ) -> None:
-        self._hello = hello
+        self.hello = hello
         self.counted = counted
         self._limits = limits
         self._has_device = hello.device_kind not in ("", "cpu")
@@ -66,7 +91,7 @@ class Assembler:
         from otel_npu.relay.resources import resource_of  # with the SDK, which is imported while frames are read
         from otel_npu.relay.spans import SpanMaker
 
-        return SpanMaker(resource_of(self._hello), self._limits())
+        return SpanMaker(resource_of(self.hello), self._limits())
 
     def replaces(self, other: Assembler | None) -> None:
         """Take over what another has still to report."""

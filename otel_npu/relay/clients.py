@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import select
 import socket
@@ -35,12 +36,20 @@ _recv.restype = ctypes.c_ssize_t
 _RECV_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_TRUNC  # the second gives a packet's length, however long
 
 
+_numbers: Final = itertools.count(1)
+
+
 class Connected(Client):
     """A client and its connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
         self.connection = connection
+        self.number = next(_numbers)
+        self.on = True
+        """Whether it captures, as far as it has said."""
+        self.looks = False
+        """Whether it is no traced process, but somebody who looks at those."""
         self.complaints: set[str] = set()
         """What the log says that it did wrong."""
 
@@ -58,6 +67,7 @@ class Clients:
         self._drops = drops
         self._parted = parted
         self._clients: dict[int, Connected] = {}
+        self._looking = 0
         self._buffer = bytearray(frames.MAX_FRAME_BYTES)
         self._view = memoryview(self._buffer)
         self._address = ctypes.addressof((ctypes.c_char * len(self._buffer)).from_buffer(self._buffer))
@@ -75,7 +85,8 @@ class Clients:
         self._listen()
 
     def __len__(self) -> int:
-        return len(self._clients)
+        """How many are to be served: whoever only looks keeps no relay alive."""
+        return len(self._clients) - self._looking
 
     def __iter__(self) -> Iterator[Connected]:
         return iter(list(self._clients.values()))
@@ -85,6 +96,11 @@ class Clients:
         connection.setblocking(False)
         self._clients[connection.fileno()] = Connected(connection)
         self._sockets.register(connection, select.EPOLLIN)
+
+    def looks(self, client: Connected) -> None:
+        """This one only looks."""
+        client.looks = True
+        self._looking += 1
 
     def wake(self) -> None:
         """End the wait that goes on, or the next one. Safe in a signal handler and from other threads."""
@@ -129,7 +145,7 @@ class Clients:
         for listener in self._listeners.values():
             while self._accept(listener):
                 pass
-        return bool(self._clients)
+        return len(self) > 0
 
     def refuse(self) -> None:
         """From now on whoever connects is told that nobody is there. Who waits already is still taken."""
@@ -141,6 +157,7 @@ class Clients:
     def part(self, client: Connected) -> None:
         """Let a client go."""
         if self._clients.pop(client.connection.fileno(), None) is not None:
+            self._looking -= client.looks
             self._sockets.unregister(client.connection)
             client.connection.close()
             self._parted(client)
@@ -207,7 +224,7 @@ class Clients:
             connection.close()
             return True
         if len(self._clients) >= MAX_CLIENTS:
-            silent = next((client for client in self if client.greeted is None), None)
+            silent = next((client for client in self if client.greeted is None and not client.looks), None)
             if silent is None:
                 _log.debug("refused a connection: there are %d", MAX_CLIENTS)
                 self._drops.add(semconv.RELAY_FULL)

@@ -153,6 +153,20 @@ class Joiner:
         for request in list(self._ending.values()):
             self._finish(request)
 
+    def pause(self, at_ns: int) -> None:
+        """Capture has been switched off: what is under way is told no further, and is shown as far as it is known."""
+        for engine in self._engines.values():
+            for span_id, step in list(engine.steps.items()):
+                self._over(span_id, step)
+            for request in list(engine.requests.values()):
+                if request.engine_end_ns is None:
+                    request.dismissed(at_ns)
+                    self._ended(request)
+
+    def open_requests(self) -> list[tuple[Client, frames.Request]]:
+        """The requests under way: whose they are, and what announced them."""
+        return [(request.engine.client, request.frame) for request in self._requests.values()]
+
     def part(self, client: Client) -> None:
         """This process has gone: what its engine had under way is over, though its workers may still tell of it."""
         engine = self._engines.pop(client, None)

@@ -81,6 +81,8 @@ class Making:
         self._trace_spans = 0
         self._export: ExportQueue | None = None
         self._loading: threading.Thread | None = None
+        self.told: Callable[[Sequence[ReadableSpan]], None] | None = None
+        """Told of the spans of each request, while somebody looks."""
 
     def load(self) -> None:
         """Make the exporter now."""
@@ -151,6 +153,7 @@ class Making:
         return self._export
 
     def _next(self, export: ExportQueue) -> None:
+        of_request = bool(self._requests)
         if self._requests:
             spans, account = self._requests.popleft()
         else:
@@ -158,6 +161,8 @@ class Making:
             self._trace_spans -= spans.gives_way
         try:
             export.put(list(spans), account)
+            if of_request and self.told is not None:
+                self.told(spans)
         except Exception:
             self._drops.add(semconv.INTERNAL_ERROR)
             account.lose()

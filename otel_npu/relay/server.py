@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from otel_npu import semconv
-from otel_npu.drops import REPORT_SECONDS, Drops
+from otel_npu.drops import REPORT_SECONDS, Drops, add_up
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.clients import PACKETS_PER_TURN, Clients, Connected
 from otel_npu.relay.joiner import Joiner
@@ -22,6 +22,8 @@ from otel_npu.relay.making import Making
 from otel_npu.relay.metrics.counted import Metrics
 from otel_npu.relay.pace import Pace
 from otel_npu.relay.patience import Patience
+from otel_npu.relay.switching import Switching
+from otel_npu.relay.viewers import Viewers
 from otel_npu.relay.wall import WallClock
 from otel_npu.slow import SlowSteps
 from otel_npu.wire import frames
@@ -90,6 +92,10 @@ class Server:
         self._making = Making(functools.partial(self._load, exporters), self._drops)
         self._joiner = Joiner(self._wall, self._making.put, self._drops, self._patience)
         self._clients = Clients(listeners, self._drops, self._parted)
+        self._viewers = Viewers(self._clients, self._joiner.open_requests, self._state)
+        self._switching = Switching(self._clients, lambda: self._joiner.pause(time.perf_counter_ns()))
+        self._dropped: dict[str, int] = {}
+        """What the processes have left out, by reason."""
         self._limits = functools.cache(_span_limits)
         self._asked: list[_Flushing] = []
         """Flushes that have been read just now."""
@@ -201,13 +207,15 @@ class Server:
         """Leave the senders alone for a while; for how long to wait in their sockets then."""
         if packets >= PACKETS_PER_TURN or self._making.waiting:
             return 0.0
+        if self._viewers.followers:
+            self._viewers.drain()
         pause = self._pace.pause(packets)
         if self._flushes or self._asked:
             pause = _FLUSH_LOOK_SECONDS
         if pause is not None:
             self._clients.rest(pause)
             return 0.0
-        if self._joiner.waiting or not len(self._clients):
+        if self._joiner.waiting or self._switching.waiting or self._viewers.behind or not len(self._clients):
             return _TICK_SECONDS
         return max(0.0, self._next_drop_line - time.monotonic())
 
@@ -221,6 +229,7 @@ class Server:
         if now >= self._next_tick:
             self._next_tick = now + _TICK_SECONDS / 2
             self._guarded(self._joiner.tick)
+            self._guarded(self._switching.tick)
         self._making.some(_MAKE_SECONDS_BEHIND if packets >= PACKETS_PER_TURN else _MAKE_SECONDS)
         if now >= self._next_drop_line:
             self._next_drop_line = now + REPORT_SECONDS
@@ -234,6 +243,8 @@ class Server:
             packets = 0
             for packet in self._clients.packets(client):
                 packets += 1
+                if self._viewers.followers and packet is not None:
+                    self._viewers.forward(client, packet)
                 self._take(client, frames.decode_frame, packet)
             most = max(most, packets)
         return most
@@ -263,13 +274,7 @@ class Server:
 
     def _handle(self, client: Connected, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
-            if frame.protocol != frames.PROTOCOL:
-                raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
-            counted = None if self._metrics is None else self._metrics.process(frame)
-            slow = SlowSteps(frame.slow_step, self._drops)
-            assembler = Assembler(frame, self._wall, self._limits, slow, counted)
-            assembler.replaces(client.greeted)
-            client.greeted = assembler
+            self._greet(client, frame)
         elif isinstance(frame, frames.Flush):
             self._flush(client, frame)
         elif isinstance(frame, frames.Ping):
@@ -280,11 +285,44 @@ class Server:
             for step in frame.steps:  # one that is bad costs no other
                 self._take(client, frames.decode_step, step)
         elif isinstance(frame, frames.Step):
+            add_up(self._dropped, frame.dropped)
             client.assembler.count_drops(self._drops.take_unsent())
             spans = client.assembler.step(frame, functools.partial(self._joiner.ran, client))
             self._making.put(spans, client.account)
+        elif isinstance(frame, (frames.Look, frames.Switch, frames.Switched)):
+            self._look(client, frame)
         else:
+            if isinstance(frame, (frames.Scheduled, frames.RequestEnd)):
+                add_up(self._dropped, frame.dropped)
             self._joiner.take(client, frame)
+
+    def _greet(self, client: Connected, frame: frames.Hello) -> None:
+        if frame.protocol != frames.PROTOCOL:
+            raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
+        counted = None if self._metrics is None else self._metrics.process(frame)
+        slow = SlowSteps(frame.slow_step, self._drops)
+        assembler = Assembler(frame, self._wall, self._limits, slow, counted)
+        assembler.replaces(client.greeted)
+        client.greeted = assembler
+        self._switching.greeted(client, on=frame.on)
+
+    def _look(self, client: Connected, frame: frames.Look | frames.Switch | frames.Switched) -> None:
+        if isinstance(frame, frames.Look):
+            self._viewers.look(client, frame)
+            self._making.told = self._viewers.made if self._viewers.followers else None
+        elif isinstance(frame, frames.Switched):
+            client.on = frame.on
+        elif client.looks:
+            self._switching.want(on=frame.on)
+        else:
+            raise ValueError("a traced process that wants to switch others")
+
+    def _state(self) -> tuple[dict[str, int], tuple[int, int, int]]:
+        """What was left out, and how full the queue of spans is."""
+        dropped = self._drops.totals()
+        add_up(dropped, self._dropped)
+        export = self._making.export
+        return dropped, (0, 0, 0) if export is None else export.fill()
 
     def _unfinished(self, client: Connected, frame: frames.Unfinished) -> None:
         span = client.assembler.unfinished(frame)
@@ -348,6 +386,10 @@ class Server:
     def _parted(self, client: Connected) -> None:
         self._asked = [flushing for flushing in self._asked if flushing.client is not client]
         self._flushes = [item for item in self._flushes if item[0].client is not client]
+        if client.looks:
+            self._viewers.part(client)
+            self._making.told = self._viewers.made if self._viewers.followers else None
+            return
         self._guarded(lambda: self._joiner.part(client))
         self._owed = [account for account in self._owed if account.handled < account.accepted] + [client.account]
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from otel_npu.relay.placing import Place, Ran
-    from otel_npu.wire.frames import Step
+    from otel_npu.wire.frames import Stage, Step
 
 _FORWARD: Final = "forward"
 _ALIKE: Final = 0.1
@@ -86,8 +86,13 @@ def launch_bound(ran: Ran) -> bool | None:
     ]
     if not timed:
         return None
-    duration_ns, stage, place = max(timed, key=lambda entry: entry[0])
-    little_ns = duration_ns * _ALIKE
+    _, stage, place = max(timed, key=lambda entry: entry[0])
+    return alike(stage, place)
+
+
+def alike(stage: Stage, place: Place) -> bool | None:
+    """Whether the device had done a stage that it timed almost as soon as the host; None where that is not sure."""
+    little_ns = stage.duration_ns * _ALIKE
     if place.uncertainty_ns is None or place.uncertainty_ns > little_ns:
         return None
     return place.end_ns - stage.exited_ns <= little_ns

@@ -177,7 +177,7 @@ class EngineSteps:
         prefills: list[bool] = []
         any_prefill = any_decode = False
         for request_id, count in output.num_scheduled_tokens.items():
-            member = members.get(request_id)
+            member = members.get(request_id) or self._catch_up(request_id)
             if member is None:
                 continue
             # The scheduler has already counted these tokens as computed.
@@ -233,6 +233,15 @@ class EngineSteps:
             ),
             dropped,
         )
+
+    def _catch_up(self, request_id: str) -> _Member | None:
+        """A request that came while capture was off: the relay does not know it, but its steps are of some kind."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        member = self._members[request_id] = _Member(request, None)
+        member.scheduled = True
+        return member
 
     def _found(self, scheduled_new_reqs: Any) -> tuple[list[int], list[int], list[int], int, int]:
         """What the caches had of the prompts that are scheduled for the first time, as in the frame."""

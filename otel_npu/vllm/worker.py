@@ -62,6 +62,8 @@ class WorkerSteps:
         _thread.loads_kv = getattr(scheduler_output, "has_sync_kv_loads", True)
         told = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         if told is None:
+            if recorder.was_switched:  # its engine is off still, or already
+                return
             self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
             return
         told = StepContext(*told)

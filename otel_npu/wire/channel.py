@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ _log = logging.getLogger("otel_npu")
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 _FRAMES_PER_LOCK: Final = 16
+_MAX_ANSWERS: Final = 64
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
 _NOTHING: Final[dict[str, int]] = {}
 _SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -52,6 +54,10 @@ class Channel:
         self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
         self._lock = threading.RLock()  # a signal handler of the program's may flush in the midst of a send
+        self._reading = threading.RLock()
+        self._told = False
+        self._answers: deque[bytes] = deque(maxlen=_MAX_ANSWERS)
+        self._switch: bool | None = None
 
     @property
     def connected(self) -> bool:
@@ -121,16 +127,47 @@ class Channel:
         # Not by reading: an answer that came too late for its flush may lie there, and hide the end behind it.
         poll = select.poll()
         try:
-            poll.register(connection, select.POLLRDHUP)
-            gone = bool(poll.poll(0))
+            poll.register(connection, select.POLLIN | select.POLLRDHUP)
+            events = dict(poll.poll(0)).get(connection.fileno(), 0)
         except (OSError, ValueError):  # closed meanwhile
             return False
+        self._told = bool(events & select.POLLIN)
+        gone = bool(events & ~select.POLLIN)
         if gone:
             self.close()
         return gone
 
+    def take_switch(self) -> bool | None:
+        """Whether the relay wants capture on or off, if it has said so since the last call. Never blocks."""
+        if self._told and self._reading.acquire(blocking=False):
+            try:
+                self._told = False
+                packet = self._receive(0.0)
+                if packet and not self._is_switch(packet):
+                    self._answers.append(packet)  # to a flush that is about to wait for it, or does no longer
+            finally:
+                self._reading.release()
+        wanted, self._switch = self._switch, None
+        return wanted
+
     def receive(self, timeout_seconds: float) -> bytes:
-        """The relay's next answer, or an empty string if none comes in time."""
+        """The relay's next answer to a flush, or an empty string if none comes in time."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._reading:
+            while True:
+                if self._answers:
+                    return self._answers.popleft()
+                packet = self._receive(max(0.0, deadline - time.monotonic()))
+                if not packet or not self._is_switch(packet):
+                    return packet
+
+    def _is_switch(self, packet: bytes) -> bool:
+        if not packet.startswith(frames.SWITCH_BEGINS):
+            return False
+        self._switch = frames.decode_switch(packet).on
+        return True
+
+    def _receive(self, timeout_seconds: float) -> bytes:
         connection = self._socket
         if connection is None:
             return b""
@@ -177,11 +214,11 @@ class Channel:
         if connection is None:
             return False
         if not self._greeted:
-            self._greeted = _sent(connection, frames.encode(self._hello()))
-        return self._greeted and _sent(connection, frame)
+            self._greeted = sent(connection, frames.encode(self._hello()))
+        return self._greeted and sent(connection, frame)
 
 
-def _sent(connection: socket.socket, frame: bytes) -> bool:
-    """Whether the socket took it: it may be full, or the relay gone, and then the idle thread finds another."""
-    sent: int = _send(connection.fileno(), frame, len(frame), _SEND_FLAGS)
-    return sent >= 0
+def sent(connection: socket.socket, packet: bytes) -> bool:
+    """Send it now, if the socket takes it: it may be full, or nobody there. Whether it did; never blocks."""
+    count: int = _send(connection.fileno(), packet, len(packet), _SEND_FLAGS)
+    return count >= 0

@@ -50,6 +50,8 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     device_resolution_ns: Nanoseconds
     slow_step: float = math.inf
     """How many times the usual a step of its own, one of no engine, takes at least to be kept for it."""
+    on: bool = True
+    """Whether it captures."""
 
 
 class Stage(msgspec.Struct, array_like=True):
@@ -266,18 +268,57 @@ class Flushed(msgspec.Struct, array_like=True, tag="flushed", frozen=True):
     complete: bool
 
 
+class Switch(msgspec.Struct, array_like=True, tag="switch", frozen=True):
+    """Capture, or capture nothing for the moment: from the relay to each process, and from who looks to the relay."""
+
+    on: bool
+
+
+class Switched(msgspec.Struct, array_like=True, tag="switched", frozen=True):
+    """A process's answer: whether it captures now."""
+
+    on: bool
+
+
+class Look(msgspec.Struct, array_like=True, tag="look", frozen=True):
+    """Who is here, and how is it? Whoever asks is no traced process: it looks at the others (`wire.looking`).
+
+    With `follow` all that they send is passed on to it from now on, and the spans of requests as they are made.
+    """
+
+    protocol: int
+    follow: bool = False
+
+
 Frame: TypeAlias = (
-    Hello | Step | Steps | Ping | Unfinished | Request | Scheduled | Updated | Keep | RequestEnd | Transfers | Flush
+    Hello
+    | Step
+    | Steps
+    | Ping
+    | Unfinished
+    | Request
+    | Scheduled
+    | Updated
+    | Keep
+    | RequestEnd
+    | Transfers
+    | Flush
+    | Look
+    | Switch
+    | Switched
 )
 
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_flushed = msgspec.msgpack.Decoder(Flushed).decode
+decode_switch = msgspec.msgpack.Decoder(Switch).decode
 _decode = msgspec.msgpack.Decoder(Frame).decode
 _decode_step = msgspec.msgpack.Decoder(Step).decode
 _decode_steps = msgspec.msgpack.Decoder(Steps).decode
 _STEPS_BEGIN: Final = encode(Steps([]))[:-1]
+SWITCH_BEGINS: Final = encode(Switch(True))[:-1]
+"""With this a packet begins that is a `Switch`."""
 
 
 def decode_frame(packet: bytes | memoryview) -> Frame:

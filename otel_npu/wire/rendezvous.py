@@ -123,6 +123,16 @@ def connect(path: Path) -> socket.socket | None:
         return None
 
 
+def reach(session: str, path: Path | None) -> socket.socket | None:
+    """A connection to the relay of a session that is there, at this path or by its abstract name; None if it is gone.
+
+    Raises:
+        RendezvousError: It is another user's.
+    """
+    found = None if path is None else connect(path)
+    return _connect_abstract(session) if found is None else found
+
+
 def check_peer(connection: socket.socket) -> None:
     """Both ends take only processes of the same user.
 

@@ -73,6 +73,8 @@ class Captured(Tracing):
     """Tracing whose frames a test looks at."""
 
     sent: list[frames.Frame] = field(default_factory=list)
+    relay: socket.socket | None = None
+    """The other end of the connection."""
 
     def steps(self, *, lost: bool = False) -> list[frames.Step]:
         """The steps captured so far."""
@@ -121,6 +123,7 @@ def capturing(device: Any = None, **settings: Any) -> Iterator[Captured]:
 
     def attach(_: RelayLink) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        captured.relay = theirs
         threading.Thread(target=_read, args=(theirs, captured.sent), daemon=True).start()
         return ours
 

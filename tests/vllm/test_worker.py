@@ -548,3 +548,10 @@ def test_a_workers_connector_that_loads_before_the_forward_is_a_stage(
         told.has_sync_kv_loads = says
     worker.execute_model(told)
     assert names(captured.step()) == stages
+
+
+def test_a_step_whose_engine_is_still_off_is_none(captured: Captured) -> None:
+    captured.recorder.obey(on=False)
+    captured.recorder.obey(on=True)  # a moment before its engine
+    Worker().execute_model(output(result="output", told=False))
+    assert captured.steps() == []

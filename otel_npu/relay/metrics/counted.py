@@ -186,7 +186,7 @@ class Counted:
         process = _process(ran)
         captured = self._captured(step)
         common = _step_key(ran, process)
-        first_ns, last_ns, on_device = _extent(step.stages, step.opened_ns, step.closed_ns)
+        first_ns, last_ns, on_device = extent(step.stages, step.opened_ns, step.closed_ns)
         device, busy_ns = common[3], 0
         if on_device:
             busy_ns = max(0, last_ns - max(first_ns, self._ends_ns.get(device, first_ns)))
@@ -296,7 +296,7 @@ class Counted:
         process = _process(ran)
         step, unix_ns = ran.step, ran.unix_ns
         common = _step_key(ran, process)
-        first_ns, last_ns, _ = _extent(step.stages, step.opened_ns, step.closed_ns)
+        first_ns, last_ns, _ = extent(step.stages, step.opened_ns, step.closed_ns)
         for book in self._books:
             with book.lock:
                 families = book.families
@@ -356,7 +356,7 @@ def _step_key(ran: Ran, process: _StageKey) -> _StageKey:
     )
 
 
-def _extent(stages: Sequence[Stage], opened_ns: int, closed_ns: int) -> tuple[int, int, bool]:
+def extent(stages: Sequence[Stage], opened_ns: int, closed_ns: int) -> tuple[int, int, bool]:
     """From where to where a step reaches, by the clock of the device that timed its first stage, or by the host's."""
     device: int | None = None
     first_ns = last_ns = 0

@@ -1,0 +1,145 @@
+"""`otel-npu status`, `off` and `on`, beside a program that runs; and who may look at what."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_npu.looking import session
+from otel_npu.looking.session import LookError, connect
+from otel_npu.wire import frames, rendezvous
+from tests.helpers.built import hello
+from tests.helpers.command_line import otel_npu_command
+from tests.helpers.traced import Programs, eventually
+from tests.relay.test_server import Relay
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.helpers.receiver import Receiver
+
+HERE = {"OTEL_NPU_SESSION": "here"}
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Programs]:
+    with Programs(tmp_path) as running:
+        yield running
+
+
+def command(programs: Programs, *arguments: str) -> Any:
+    return otel_npu_command(*arguments, "--session", "here", environment={"XDG_RUNTIME_DIR": str(programs.run_folder)})
+
+
+def test_a_program_is_switched_off_and_on_while_it_runs(programs: Programs, receiver: Receiver) -> None:
+    worker = programs.start({**receiver.grpc_environment, **HERE, "OTEL_SERVICE_NAME": "llm"})
+    worker.ask("steps(3)")
+    off = command(programs, "off")
+    assert (off.returncode, off.stdout) == (0, "capture is off in session here, in all its 1 processes\n")
+    receiver.wait_for(3, "worker_step")
+    assert worker.ask("steps(5) and type(otel_npu.stage('forward')).__name__") == "OffStage"
+    (process,) = json.loads(command(programs, "status", "--json").stdout)["processes"]
+    assert (process["pid"], process["on"], process["service"]) == (worker.pid, False, "llm")
+    assert command(programs, "on").returncode == 0
+    worker.ask("steps(2) and otel_npu.flush(60)")
+    receiver.wait_for(5, "worker_step")
+    assert len([span for span in receiver.spans if span.name == "worker_step"]) == 5
+    assert "on " in command(programs, "status").stdout
+
+
+def test_a_session_that_is_not_there_is_one_line() -> None:
+    done = otel_npu_command("status", "--session", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"otel-npu: there is no session 'nowhere' of user {os.getuid()} on this host")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No other session of this machine is seen."""
+    monkeypatch.setattr(session, "_UNIX_SOCKETS", tmp_path / "none")
+    return rendezvous.socket_path("none").parent
+
+
+@pytest.fixture
+def relays(alone: Path) -> Iterator[list[Relay]]:
+    """Two sessions, `one` and `two`."""
+    running = []
+    for number, name in enumerate(("one", "two"), 1):
+        relay = Relay()
+        relay.server._clients._listeners = {}
+        listener = rendezvous.listen(alone / f"{name}.sock")
+        listener.setblocking(False)
+        relay.server._clients._listeners[listener.fileno()] = listener
+        relay.server._clients._listen()
+        relay.client().send(hello(pid=number, service_name=f"service-{name}"))
+        relay.run()
+        running.append(relay)
+    yield running
+    for relay in running:
+        relay.end()
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_a_session_that_is_said() -> None:
+    with pytest.raises(LookError, match="no session of user"):
+        connect()
+
+
+@pytest.mark.usefixtures("relays")
+def test_of_several_sessions_one_has_to_be_chosen() -> None:
+    def error(**chosen: Any) -> str:
+        with pytest.raises(LookError) as raised:
+            connect(**chosen)
+        return str(raised.value)
+
+    eventually(lambda: "service-two with processes 2" in error(), "both have said hello")
+    assert "several sessions run here, choose one by --session or --pid: one (service-one with processes 1)" in error()
+    with connect(session="two") as chosen:
+        assert chosen.session == "two"
+    with connect(pid=2) as chosen:
+        assert chosen.session == "two"
+    assert error(pid=999_999_999) == "no session has a process 999999999; there are one, two"
+
+
+def test_what_another_user_serves_is_not_looked_at(
+    alone: Path, relays: list[Relay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = os.getuid() + 1
+
+    def peer(_: socket.socket) -> tuple[int, int]:
+        return 1, theirs
+
+    monkeypatch.setattr(rendezvous, "_peer", peer)
+    with pytest.raises(
+        LookError, match=f"session one is not for user {os.getuid()}: the other end .* is user {theirs}"
+    ):
+        connect(session="one")
+
+
+def test_a_relay_that_dies_meanwhile_is_one_line(relays: list[Relay]) -> None:
+    with connect(session="one") as looks:
+        relays[0].end()
+        with pytest.raises(LookError, match="session one has ended, or its relay was killed"):
+            looks.ask()
+
+
+def test_a_relay_of_another_version_is_said(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_ANSWER_SECONDS", 0.1)
+    listener = rendezvous.listen(alone / "old.sock")
+    with listener, pytest.raises(LookError, match="does not answer; is it of another version"):
+        connect(session="old")
+
+
+def test_what_else_comes_before_the_answer_is_kept(relays: list[Relay]) -> None:
+    with connect(session="one") as looks:
+        looks.switch(on=True)
+        looks.ask(follow=True)
+        looks.ask()
+        (view,) = looks.views(0.0)
+        assert frames.decode_frame(bytes(view.packet)).pid == 1  # type: ignore[union-attr]
