@@ -133,3 +133,17 @@ def on(*, session: Session = None, pid: Pid = None) -> None:
     from otel_npu.cli.switch import switch
 
     raise typer.Exit(switch(session, pid, on=True))
+
+
+@app.command()
+def top(
+    *,
+    session: Session = None,
+    pid: Pid = None,
+    once: Annotated[bool, typer.Option("--once", help="One table, of three seconds, and no keys.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The same as JSON, for scripts.")] = False,
+) -> None:
+    """Show what a running session does: steps and tokens a second, its stages and ranks, its slowest step."""
+    from otel_npu.cli.top import run
+
+    raise typer.Exit(run(session, pid, once=once, json=json))

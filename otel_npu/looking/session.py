@@ -18,7 +18,7 @@ from otel_npu.wire import frames, looking, rendezvous
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ANSWER_SECONDS: Final = 5.0
+_ANSWER_SECONDS: Final = 10.0
 _NOBODY: Final = "no session of user {} runs on this host: a program runs in one where OTEL_NPU_ENABLED is set"
 _RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
@@ -186,7 +186,7 @@ def sessions() -> dict[str, Path | None]:
     folder = rendezvous.socket_folder()  # one that another container has put there is in no list of the kernel's
     with contextlib.suppress(OSError):
         for entry in sorted(folder.glob("*.sock")):
-            found.setdefault(entry.stem, entry)
+            found[entry.stem] = entry
     return found
 
 

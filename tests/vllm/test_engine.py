@@ -493,10 +493,11 @@ def test_blocks_that_are_kept_for_somebody_else_are_told_until_they_are_free(cap
 def test_a_request_that_came_while_capture_was_off_still_makes_its_steps_what_they_are(
     captured: Captured, scheduler: Scheduler
 ) -> None:
-    captured.recorder.obey(on=False)
+    recorder = captured.recorder
+    recorder.obey(on=False)
     scheduler.add_request(request("a", 10))
     scheduler.schedule({"a": 4})
-    captured.recorder.obey(on=True)
+    recorder.obey(on=True)
     scheduler.schedule({"a": 6})
     scheduler.schedule({"a": 1})
     captured.finish()

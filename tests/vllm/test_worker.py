@@ -551,7 +551,8 @@ def test_a_workers_connector_that_loads_before_the_forward_is_a_stage(
 
 
 def test_a_step_whose_engine_is_still_off_is_none(captured: Captured) -> None:
-    captured.recorder.obey(on=False)
-    captured.recorder.obey(on=True)  # a moment before its engine
+    recorder = captured.recorder
+    recorder.obey(on=False)
+    recorder.obey(on=True)  # a moment before its engine
     Worker().execute_model(output(result="output", told=False))
     assert captured.steps() == []
