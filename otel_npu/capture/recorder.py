@@ -199,6 +199,8 @@ class Recorder(Capture):
         """In a forked child: let go of the parent's connection, without a word and without its locks."""
         self.running = False
         self.drops = Drops()
+        for thread in self.threads:
+            thread.lock = threading.RLock()
         self._channel.abandon()
 
     def _hello(self) -> frames.Hello:

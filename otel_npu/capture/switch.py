@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from otel_npu.capture.decorate import AnyStage
     from otel_npu.devices import Device
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 _MAX_OFF_STAGES: Final = 1024
+_FORK_SECONDS: Final = 5.0
 _OFF_STEP: Final = OffStep()
 
 _recorder: Recorder | None = None
@@ -44,6 +47,7 @@ _off_stages: dict[str, OffStage] = {}
 _closing: list[Recorder] = []
 _inherited: list[object] = []
 _lock = threading.RLock()
+"""Held while it is settled whether tracing is on, and by whoever forks."""
 
 
 def stage(name: str, /, **attributes: Any) -> AnyStage:
@@ -151,6 +155,11 @@ def current_recorder() -> Recorder | None:
 def enable_on(device: Device, settings: Settings) -> None:
     """Turn tracing on with a device that is already at hand, such as a simulated one."""
     _turn_on(settings, device)
+
+
+def settling() -> AbstractContextManager[bool]:
+    """To be held while it is settled whether tracing is on, and how: others wait, and nobody forks meanwhile."""
+    return _lock
 
 
 def turn_off(recorder: Recorder) -> None:
@@ -281,6 +290,19 @@ def _close_at_exit() -> None:
         multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
 
 
+def _before_fork() -> None:
+    """Nobody turns tracing on just now: the child would wait for ever for what it holds, be it a lock of tempfile's.
+
+    Not for ever here: where the other thread does not come to an end, the program's fork matters more.
+    """
+    _lock.acquire(timeout=_FORK_SECONDS)
+
+
+def _after_fork_in_parent() -> None:
+    with contextlib.suppress(RuntimeError):  # it could not be had
+        _lock.release()
+
+
 def _after_fork_in_child() -> None:
     """The child begins anew: threads, locks, sockets and device events are its parent's."""
     global _recorder, _switched_off, _decided, _forked_from, _lock  # noqa: PLW0603
@@ -297,4 +319,4 @@ def _after_fork_in_child() -> None:
     _closing.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +23,6 @@ _TRACES_PROTOCOL: Final = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _TRACES_INSECURE: Final = "OTEL_EXPORTER_OTLP_TRACES_INSECURE"
 
 _begun = _failed = False
-_lock = threading.Lock()
 
 
 def recorder(endpoint: Callable[[], str | None]) -> Recorder | None:
@@ -66,10 +64,9 @@ def settings() -> Settings:
 
 def _begin(endpoint: Callable[[], str | None]) -> None:
     global _begun, _failed  # noqa: PLW0603
-    with _lock:
+    with switch.settling():
         if _begun:
             return
-        _begun = True
         try:
             chosen = settings()
             if chosen.enabled:
@@ -79,6 +76,8 @@ def _begin(endpoint: Callable[[], str | None]) -> None:
         except Exception:
             _failed = True
             _log.exception("tracing could not start and is off; vLLM is not affected")
+        finally:
+            _begun = True  # last: until then whoever asks waits here, and nobody decides by the environment alone
 
 
 def _warn_if_late(chosen: Settings) -> None:

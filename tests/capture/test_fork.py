@@ -131,6 +131,75 @@ def test_a_stage_and_a_step_that_are_open_while_the_process_forks_do_no_harm(
     assert seen["parent"] != seen["child"]
 
 
+def test_nobody_forks_while_another_thread_turns_tracing_on(run_program: Callable[..., Any]) -> None:
+    """The child would have its locks for ever: `tempfile`'s, an import's."""
+    run_program(
+        """
+    import os, signal, threading, time
+    from otel_npu.capture import switch
+
+    held, begun = threading.Lock(), threading.Event()
+    begin = switch._begin
+
+    def slowly(*given):
+        with held:
+            begun.set()
+            time.sleep(1)
+            return begin(*given)
+
+    switch._begin = slowly
+    thread = threading.Thread(target=switch.enable)
+    thread.start()
+    begun.wait()
+    pid = os.fork()
+    if not pid:
+        os._exit(not held.acquire(timeout=5))
+    assert os.waitpid(pid, 0)[1] == 0, "the child has inherited a lock"
+    thread.join()
+    assert switch.current_recorder() is not None
+    for _ in range(2):  # whoever forks lets go of ours again, and may fork in the midst of it
+        with switch.settling():
+            if not os.fork():
+                with switch.settling():
+                    os._exit(0)
+        assert os.wait()[1] == 0
+    other = threading.Thread(target=switch.disable)
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
+    """,
+        {"OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"},
+    )
+
+
+def test_a_program_forks_although_turning_tracing_on_comes_to_no_end(run_program: Callable[..., Any]) -> None:
+    run_program(
+        """
+    import os, threading
+    from otel_npu.capture import switch
+
+    switch._FORK_SECONDS = 0.1
+    held, done = threading.Event(), threading.Event()
+
+    def for_ever():
+        with switch.settling():
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=for_ever)
+    thread.start()
+    held.wait()
+    if not os.fork():
+        switch.enable()
+        os._exit(0)
+    assert os.wait()[1] == 0
+    done.set()
+    thread.join()
+    """,
+        {"OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"},
+    )
+
+
 def test_the_ids_of_a_forked_child_are_its_own(run_program: Callable[..., Any]) -> None:
     run_program(
         """
