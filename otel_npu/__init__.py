@@ -13,6 +13,7 @@ would hand an import in progress to its child, where nobody finishes it.
 
 from __future__ import annotations
 
+from otel_npu import compiled
 from otel_npu._version import __version__
 from otel_npu.capture.durations import ProfileExecuteDuration
 from otel_npu.capture.switch import disable, enable, flush, stage, step
@@ -29,6 +30,8 @@ __all__ = [
     "stage",
     "step",
 ]
+
+compiled.install()
 
 
 def __dir__() -> list[str]:

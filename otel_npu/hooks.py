@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import logging
 import re
@@ -69,7 +68,7 @@ def install(hooks: Iterable[Hook]) -> None:
 
 def applies(hook: Hook) -> bool:
     """Whether the hook is meant for the version of its package that is here."""
-    return in_range(hook, version(hook.package))
+    return not (hook.since or hook.until) or in_range(hook, version(hook.package))
 
 
 def in_range(hook: Hook, version: str) -> bool:
@@ -116,6 +115,8 @@ def version(package: str) -> str:
 
 @functools.cache  # it looks through all that is installed
 def _installed_version(package: str) -> str:
+    import importlib.metadata  # dear, and seldom wanted
+
     for distribution in _DISTRIBUTIONS.get(package, (package.replace("_", "-"),)):
         with contextlib.suppress(Exception):  # not installed, or badly
             return importlib.metadata.version(distribution)
