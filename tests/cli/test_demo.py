@@ -16,6 +16,8 @@ import pytest
 from otel_npu.cli.demo import command
 from otel_npu.cli.demo.destination import Destination, name_service
 from otel_npu.cli.demo.picture import _bar
+from otel_npu.cli.demo.receiver import Span as ReceivedSpan
+from otel_npu.cli.demo.traces import Traces, slowest
 from otel_npu.cli.demo.workload import Arrivals, requests
 from tests.helpers.command_line import COMMAND, line_of, otel_npu_command
 
@@ -45,6 +47,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout
 
 
+def span(name: str, span_id: bytes, parent_id: bytes, milliseconds: int, *, number: int = 0) -> ReceivedSpan:
+    told: dict[str, Any] = {"npu.step.number": number, "npu.request.steps": 3, "npu.request.device_time": 0.7}
+    return ReceivedSpan(name, b"t", span_id, parent_id, 0, milliseconds * 1_000_000, told)
+
+
 class TestPicture:
     def test_a_request_is_drawn_with_its_phases_and_the_step_that_made_it_slow(self, shown: str) -> None:
         rows = re.findall(r"^ +([a-z_]+)(?:, \d+)? +[█▌▐▄▖▗]+ +[\d.]+$", shown, re.MULTILINE)
@@ -62,6 +69,24 @@ class TestPicture:
         assert request_ms > step_ms > all_reduce_ms > 280
         assert usual_ms < 40
 
+    def test_it_says_why_the_slow_step_was_kept(self, shown: str) -> None:
+        because = r"number \d+ because it was slow, the others by rate"
+        assert re.search(rf"\d+ steps \(({because}|by rate, the slow one, \d+, too)\)", shown)
+
+    def test_a_step_that_is_long_because_the_host_was_late_is_not_taken_for_the_slow_one(self) -> None:
+        late = [("decode_step", 350), ("forward", 340), ("mlp", 5)]
+        stalled = [("decode_step", 320), ("forward", 310), ("all_reduce", 301)]
+        spans = [span("llm_request", b"r", b"", 1000), span("decode", b"d", b"r", 900)]
+        for number, chain in enumerate((late, stalled)):
+            around = b"d"
+            for depth, (name, milliseconds) in enumerate(chain):
+                own = bytes((number, depth))
+                spans.append(span(name, own, around, milliseconds, number=number))
+                around = own
+        slow = slowest(Traces(spans))
+        assert slow is not None
+        assert [stage.name for stage in slow.stages] == ["forward", "all_reduce"]
+
     def test_it_says_what_to_search_for(self, shown: str) -> None:
         assert "service otel-npu-demo, operation decode_step, Min Duration 100ms" in shown
         assert "tag npu.request.finish_reason=abort" in shown
@@ -75,7 +100,7 @@ class TestPicture:
         assert max(map(len, shown.partition("\n\n")[0].splitlines())) <= COLUMNS
 
     def test_without_an_endpoint_it_says_how_to_get_one(self, shown: str) -> None:
-        assert re.search(rf"All [\d,]+ spans of {REQUESTS} requests and \d+ steps came here over OTLP", shown)
+        assert re.search(rf"All [\d,]+ spans of {REQUESTS} requests and \d+ steps .* came here over OTLP", shown)
         assert "docker run --rm -p 16686:16686 -p 4317:4317 jaegertracing/jaeger:2.20.0" in shown
         # By the name or the path by which it can be called here.
         assert re.search(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 \S*otel-npu demo", shown)
@@ -136,6 +161,7 @@ class TestSpans:
         assert receiver.named("engine_step")
         assert {span.resource["service.name"] for span in receiver.spans} == {"otel-npu-demo"}
         assert f"went to {environment['OTEL_EXPORTER_OTLP_ENDPOINT']}" in done.stdout
+        assert {point.attributes["npu.stage.name"] for point in receiver.points("npu.stage.duration")} >= {"forward"}
 
     def test_a_long_prompt_comes_in_steps(self, receiver: Receiver) -> None:
         otel_npu_command("demo", "--requests", str(REQUESTS), environment=receiver.http_environment)

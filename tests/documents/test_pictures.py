@@ -28,6 +28,7 @@ def said(lines: list[str]) -> str:
     """The sentences below the picture, without their figures."""
     first = next(number for number, line in enumerate(lines) if line.startswith("Request "))
     text = " ".join(" ".join(lines[first:]).split())
+    text = re.sub(r" steps \(.*?\)", " steps", text)  # which were kept depends on when they ran
     text = re.sub(r"cmpl-\w+", "cmpl-x", re.sub(r"\S*otel-npu demo", "otel-npu demo", text))
     return re.sub(r"\b\d[\d,.]*\b", "0", text)
 

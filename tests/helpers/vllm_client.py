@@ -60,13 +60,13 @@ class Client:
             connection.close()
         return chunks
 
-    def counted(self, name: str) -> int:
+    def counted(self, name: str, suffix: str = "total") -> int:
         """What vLLM's own metric of this name has counted since it started, all its models and engines together."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_SECONDS)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_total{{")]
+        lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_{suffix}{{")]
         assert lines, name
         return sum(int(float(line.split()[-1])) for line in lines)
 

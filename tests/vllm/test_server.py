@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_npu import semconv
+from tests.helpers.prometheus import Prometheus
 from tests.helpers.receiver import Receiver
 from tests.helpers.tiny_model import words
 from tests.helpers.traced import eventually
 from tests.helpers.vllm_client import Caller, Client, at_once
 from tests.helpers.vllm_mix import MIX, MIX_SEQUENCES, assert_mix, mixed_request
-from tests.helpers.vllm_server import SMALL, Server, needs_vllm
+from tests.helpers.vllm_server import SMALL, Server, free_port, needs_vllm
 from tests.helpers.vllm_spans import (
     OURS,
     Spans,
@@ -28,7 +29,8 @@ from tests.helpers.vllm_spans import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from tests.helpers.receiver import Span
 
@@ -40,11 +42,12 @@ CONCURRENCY = 32
 
 @dataclass
 class Serving:
-    """The server of this module, its client, and the receiver of its spans."""
+    """The server of this module, its client, the receiver of its spans, and the port of its metrics."""
 
     server: Server
     client: Client
     receiver: Receiver
+    metrics_port: int
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,16 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for all tests here. Its steps are small and so is its cache: prompts come in chunks."""
     with Receiver() as receiver:
         endpoint = f"http://127.0.0.1:{receiver.grpc_port}"
-        every_step = {"OTEL_NPU_STEPS_PER_SECOND": "all"}
+        metrics_port = free_port()
+        environment = {
+            "OTEL_NPU_STEPS_PER_SECOND": "all",
+            "OTEL_METRICS_EXPORTER": "prometheus",
+            "OTEL_EXPORTER_PROMETHEUS_HOST": "127.0.0.1",
+            "OTEL_EXPORTER_PROMETHEUS_PORT": str(metrics_port),
+        }
         folder = tmp_path_factory.mktemp("vllm")
-        with Server(folder, [*SMALL, "--otlp-traces-endpoint", endpoint], every_step) as server:
-            yield Serving(server, Client(server.port), receiver)
+        with Server(folder, [*SMALL, "--otlp-traces-endpoint", endpoint], environment) as server:
+            yield Serving(server, Client(server.port), receiver, metrics_port)
 
 
 def test_a_request_with_a_traceparent_is_one_trace_with_its_phases_and_their_stages(serving: Serving) -> None:
@@ -212,6 +221,48 @@ def test_a_request_that_was_put_back_into_the_queue_says_so_and_is_whole(serving
         assert_phases(spans, request)
         events.update(name for span in spans.children(request) for name, _ in span.events)
     assert events == {semconv.PREEMPTED: preemptions}
+
+
+def test_prometheus_counts_the_steps_and_tokens_that_vllm_counts_and_its_exemplars_lead_to_spans(
+    serving: Serving, tmp_path: Path
+) -> None:
+    client = serving.client
+    with Prometheus(tmp_path, serving.metrics_port) as prometheus:
+
+        def ours() -> tuple[float, float, float, float]:
+            return (
+                prometheus.value("sum(npu_step_tokens_count)"),
+                prometheus.value('sum(npu_stage_duration_seconds_count{npu_stage_name="forward"})'),
+                prometheus.value("sum(npu_step_tokens_sum)"),
+                prometheus.value("sum(npu_request_device_time_seconds_count)"),
+            )
+
+        def theirs() -> tuple[float, float, float, float]:
+            steps = client.counted("iteration_tokens", "total_count")
+            requests = client.counted("request_success")
+            # The last token of a request is never computed with.
+            tokens = client.counted("prompt_tokens") + client.counted("generation_tokens") - requests
+            return steps, steps, tokens, requests
+
+        def grown(before: Sequence[float], now: Sequence[float]) -> list[float]:
+            return [after - earlier for earlier, after in zip(before, now, strict=True)]
+
+        prometheus.eventually(lambda: prometheus.query("npu_step_tokens_count"), "the relay is scraped")
+        ours_before, theirs_before = ours(), theirs()
+        prompts = [words(10, 37 * number) for number in range(8)]  # no block is full, so none is in the cache
+        at_once([functools.partial(client.complete, prompt, max_tokens=6) for prompt in prompts], 4)
+        assert eventually(lambda: grown(theirs_before, theirs())[3] == 8, "vLLM counts all requests")
+        prometheus.eventually(
+            lambda: grown(ours_before, ours()) == grown(theirs_before, theirs()),
+            f"{grown(ours_before, ours())} are counted as {grown(theirs_before, theirs())} by vLLM",
+        )
+        assert grown(theirs_before, theirs())[2] == 8 * (10 + 6 - 1)
+
+        exemplars = prometheus.eventually(lambda: prometheus.exemplars('{__name__=~"npu_.*_bucket"}'), "exemplars")
+        ids = {(exemplar["labels"]["trace_id"], exemplar["labels"]["span_id"]) for exemplar in exemplars}
+        spans = serving.receiver.spans
+        assert len(ids) > 1
+        assert ids <= {(span.trace_id, span.span_id) for span in spans}
 
 
 def test_of_a_thousand_mixed_requests_nothing_is_missing_twice_or_out_of_place(serving: Serving) -> None:

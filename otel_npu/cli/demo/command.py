@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from otel_npu.cli.demo.traces import Slow
+
 _LOOK_SECONDS: Final = 3.0
 _PATIENCE_SECONDS: Final = 60.0  # a relay has to start, perhaps on a machine with better things to do
 _GOODBYE_SECONDS: Final = 2.0
@@ -65,11 +67,13 @@ def run(count: int, seed: int) -> int:
         say(console, f"The demo's relay can't run: {error}", "red")
         return 1
     whole = len(traces.requests) - len(traces.lacking())
-    _draw(traces, console)
+    slow = slowest(traces)
+    if slow is not None:
+        _draw(traces, slow, console)
     if whole != count:
         say(console, f"Only {whole:,} of {count:,} requests came back whole.", "red")
         return 1
-    destination.explain_success(console, spans, service, traces)
+    destination.explain_success(console, spans, service, traces, slow)
     return 0
 
 
@@ -175,10 +179,7 @@ def _arrived(relay: DemoRelay, now: Callable[[], float] = time.monotonic) -> boo
     return True
 
 
-def _draw(traces: Traces, console: Console) -> None:
-    slow = slowest(traces)
-    if slow is None:
-        return
+def _draw(traces: Traces, slow: Slow, console: Console) -> None:
     unicode = console.encoding.lower().startswith("utf")
     for line in picture.waterfall(traces, slow, min(console.width, picture.WIDTH), unicode=unicode):
         console.print(line, no_wrap=True, overflow="crop", crop=True)

@@ -11,12 +11,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 from rich.text import Text
 
+from otel_npu import semconv
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
 
-    from otel_npu.cli.demo.traces import Traces
+    from otel_npu.cli.demo.traces import Slow, Traces
 
 _DEFAULT_ENDPOINTS: Final = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 _SERVICE: Final = "otel-npu-demo"
@@ -67,9 +69,9 @@ class Destination:
         endpoint = _without_credentials(self.endpoint) or _DEFAULT_ENDPOINTS.get(self.protocol, "OTLP's default")
         return f"{endpoint} ({self.protocol})"
 
-    def explain_success(self, console: Console, spans: int, service: str, traces: Traces) -> None:
+    def explain_success(self, console: Console, spans: int, service: str, traces: Traces, slow: Slow | None) -> None:
         """Say where the spans went, and what to search for."""
-        what = f"All {spans:,} spans of {len(traces.requests):,} requests and {traces.steps:,} steps"
+        what = f"All {spans:,} spans of {len(traces.requests):,} requests and {_kept(traces, slow)}"
         if self.given:
             say(console, f"{what} went to {self} as service {service!r}.")
         else:
@@ -96,6 +98,22 @@ class Destination:
                 "OTEL_EXPORTER_OTLP_PROTOCOL whether by grpc (the default, often port 4317) "
                 "or http/protobuf (often port 4318).",
             )
+
+
+def _kept(traces: Traces, slow: Slow | None) -> str:
+    """How many steps are traces of their own, and why they are, the slow one above all."""
+    why = ""
+    if slow is not None:
+        number = slow.step.attributes[semconv.STEP_NUMBER]
+        kept = {step.attributes[semconv.STEP_NUMBER]: step.attributes[semconv.SAMPLED_REASON] for step in traces.steps}
+        reason = kept.get(number)
+        if reason is None:
+            why = f" (by rate; not the slow one, {number}: too few before it to judge by)"
+        elif reason == semconv.SLOW:
+            why = f" (number {number} because it was slow, the others by rate)"
+        else:
+            why = f" (by rate, the slow one, {number}, too)"
+    return f"{len(traces.steps):,} steps{why}"
 
 
 def name_service() -> str:

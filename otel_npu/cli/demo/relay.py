@@ -28,6 +28,7 @@ _log = logging.getLogger("otel_npu.relay")
 
 _DRAIN_SECONDS: Final = 6.0
 _LOG_BYTES: Final = 1 << 16
+_AT_THE_END_MS: Final = "86400000"
 
 
 class DemoRelay:
@@ -101,6 +102,7 @@ def main() -> int:
 
     from otel_npu.cli.demo.receiver import exporter_to
     from otel_npu.relay.exporters import exporters_from_environment
+    from otel_npu.relay.metrics.counted import Metrics
     from otel_npu.relay.server import Server
 
     try:
@@ -108,7 +110,15 @@ def main() -> int:
     except Exception as error:
         _log.error("%s", error)
         return 1
-    server = Server([exporter_to(arguments.picture), *standard], [socket.socket(fileno=arguments.listener)])
+    # At its end: what a receiver of traces alone says of metrics is no reason to give up.
+    os.environ.setdefault("OTEL_METRIC_EXPORT_INTERVAL", _AT_THE_END_MS)
+    exporters = [exporter_to(arguments.picture), *standard]
+    listener = socket.socket(fileno=arguments.listener)
+    server = (
+        Server(exporters, [listener], metrics=Metrics.from_environment)
+        if arguments.standard
+        else Server(exporters, [listener])
+    )
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.run(leave=lambda: rendezvous.withdraw(arguments.socket))
     return 0

@@ -34,9 +34,9 @@ class Traces:
         return [span for span in self._spans if span.name == LLM_REQUEST]
 
     @property
-    def steps(self) -> int:
-        """How many steps were kept as traces of their own."""
-        return sum(span.name == semconv.ENGINE_STEP for span in self._spans)
+    def steps(self) -> list[Span]:
+        """The steps that were kept as traces of their own."""
+        return [span for span in self._spans if span.name == semconv.ENGINE_STEP]
 
     def children(self, span: Span) -> list[Span]:
         """What lies right below a span, by its start."""
@@ -59,7 +59,7 @@ class Traces:
 
 @dataclass(frozen=True)
 class Slow:
-    """The slowest decode step, the longest request that it served, and the stages that made it slow.
+    """The decode step with the slowest stage, the longest request that it served, and the stages that made it slow.
 
     Attributes:
         request: That request's `llm_request`.
@@ -75,22 +75,30 @@ class Slow:
 
 
 def slowest(traces: Traces) -> Slow | None:
-    """What was slow; None without a decode of several steps."""
-    found: list[tuple[Span, Span, Span]] = []
+    """What was slow; None without a decode of several steps.
+
+    By a stage with nothing inside, not by the whole step: on a busy machine that may be long because the host was late.
+    """
+    found: list[tuple[Span, Span, Span, list[Span]]] = []
     for request in traces.requests:
         for decode in traces.children(request):
             steps = [span for span in traces.children(decode) if span.name == semconv.DECODE_STEP]
-            found += [(request, decode, step) for step in steps]
+            found += [(request, decode, step, _longest(traces, step)) for step in steps]
+    found = [item for item in found if item[3]]
     if not found:
         return None
-    number = max(found, key=lambda item: item[2].ms)[2].attributes[semconv.STEP_NUMBER]
+    number = max(found, key=lambda item: item[3][-1].ms)[2].attributes[semconv.STEP_NUMBER]
     served = [item for item in found if item[2].attributes[semconv.STEP_NUMBER] == number]
-    request, decode, step = max(served, key=lambda item: item[0].ms)
+    request, decode, step, stages = max(served, key=lambda item: item[0].ms)
     others = int(decode.attributes[semconv.REQUEST_STEPS]) - 1
     usual_ms = (float(decode.attributes[semconv.REQUEST_DEVICE_TIME]) * 1e3 - step.ms) / others
+    return Slow(request, step, stages, usual_ms)
+
+
+def _longest(traces: Traces, step: Span) -> list[Span]:
     stages: list[Span] = []
     around = step
     while inside := traces.children(around):
         around = max(inside, key=lambda span: span.ms)
         stages.append(around)
-    return Slow(request, step, stages, usual_ms)
+    return stages
