@@ -51,7 +51,12 @@ def test_the_caller_and_the_server_make_one_trace_from_the_call_to_the_stage(tmp
         environment = {"OTLP_ENDPOINT": otlp, "PATH": path, "OTEL_NPU_ENABLED": None}
         with ExampleServer(tmp_path, ROOMY, environment) as server:
             answer = call_through_fastapi(tmp_path, server.port, receiver)
+            log = server.log
         assert answer.split("w")[1:]
+        on = [line.partition("otel-npu is on: ")[2] for line in log.splitlines() if "otel-npu is on: " in line]
+        kept = "2 steps a second of each kind are kept as traces, and slow ones"
+        clock = "stages are timed by the host's clock, for there is no device"
+        assert on == [f"{clock}; spans go to {otlp} (grpc); {kept}"]
         spans = {span.span_id: span for span in receiver.spans}
         forward = next(span for span in spans.values() if names(spans, span)[:2] == ["forward", "prefill"])
         assert names(spans, forward)[2] == "llm_request"
