@@ -301,6 +301,11 @@ class EngineSteps:
                         finished.append(member.number)
         totals = () if verified is None else (drafted, accepted, verified.drafted, verified.accepted)
         recorder.send(frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep, *totals))
+        thread = recorder.local.thread
+        if finished and thread.pending:
+            # Its worker is this thread too. Nobody closes a step after a request's last one, and a program that ends
+            # may keep the idle thread waiting for longer than the relay waits for that step.
+            recorder.resolve(thread)
 
     def _recorder(self) -> Recorder | None:
         return tracing.recorder(self._endpoint)

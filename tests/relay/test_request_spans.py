@@ -668,8 +668,7 @@ def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, mo
     assert [parent_id(span) for span in joined.named("queue")] == [1]
 
 
-@pytest.mark.slow
-def test_nothing_is_kept_of_100000_requests(joined: Joined) -> None:
+def test_nothing_is_kept_of_10000_requests(joined: Joined) -> None:
     def alive() -> int:
         gc.collect()
         return sum(type(item) in {EngineStep, StepTimes, OpenRequest, Part, Phase} for item in gc.get_objects())
@@ -677,7 +676,7 @@ def test_nothing_is_kept_of_100000_requests(joined: Joined) -> None:
     before = alive()
     joined.joiner._put = lambda spans, account: None
     number = 0
-    for batch in range(1, 10_001):
+    for batch in range(1, 1_001):
         requests = dict.fromkeys(range(number + 1, number + 11), 1)
         number += 10
         joined.open(*requests)
@@ -686,7 +685,7 @@ def test_nothing_is_kept_of_100000_requests(joined: Joined) -> None:
         joined.update(batch, requests, finished=list(requests))
         for request in requests:
             joined.end(request, 1)
-    assert number == 100_000
+    assert number == 10_000
     assert joined.is_empty()
     assert alive() == before
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import otel_npu
 from otel_npu.vllm import engine
 from otel_npu.vllm.front_end import KEY, Announced
 from otel_npu.vllm.usage import cached_tokens
 from otel_npu.wire import frames
-from tests.helpers.capturing import capturing
+from tests.helpers.capturing import capturing, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,6 +162,19 @@ def test_a_finished_request_is_told_with_its_last_output(captured: Captured, sch
     assert [step.ended for step in told(captured, frames.Scheduled)] == [[]]
 
 
+def test_where_the_worker_is_in_the_same_process_the_last_step_of_a_request_waits_for_no_other_thread(
+    captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured.recorder.idle, "resolve", lambda: None)
+    scheduler.add_request(request("a"))
+    output = scheduler.schedule({"a": 4})
+    with otel_npu.step("prefill"), otel_npu.stage("forward"):
+        pass
+    scheduler.update_from_output(output, {"a": (1, "length")})
+    wait_until(lambda: any(isinstance(frame, frames.Step) for frame in captured.sent))
+    monkeypatch.undo()
+
+
 def test_an_aborted_request_is_told_with_the_next_step_even_without_tokens(
     captured: Captured, scheduler: Scheduler
 ) -> None:
@@ -203,10 +217,10 @@ def test_without_root_traces_no_step_is_a_trace() -> None:
         assert [step.trace_id for step in told(captured, frames.Scheduled)] == [b""]
 
 
-def test_nothing_is_left_of_100000_requests(captured: Captured) -> None:
+def test_nothing_is_left_of_10000_requests(captured: Captured) -> None:
     scheduler = Scheduler()
     steps = engine.EngineSteps(scheduler, CONFIG)
-    for number in range(100_000):
+    for number in range(10_000):
         request_id = f"r{number}"
         scheduler.add_request(request(request_id, sampled=number % 3 > 0))
         output = scheduler.schedule({request_id: 4})

@@ -426,9 +426,9 @@ def test_an_unsampled_request_that_is_aborted_has_none(captured: Captured, provi
     assert not ends(captured)
 
 
-def test_nothing_is_left_of_100000_requests(captured: Captured, provider: Provider) -> None:
+def test_nothing_is_left_of_10000_requests(captured: Captured, provider: Provider) -> None:
     processor = Processor()
-    for number in range(100_000):
+    for number in range(10_000):
         processor.add_request(request())
         if number % 2:
             processor.finish("id-0")

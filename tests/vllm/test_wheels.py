@@ -68,6 +68,7 @@ def looked_for(distribution: str, version: str) -> wheels.Wheel | str:
         return str(error)
 
 
+@functools.cache  # they are parsed for two tests
 def scopes(of: wheels.Wheel) -> list[wheels.Scope]:
     return list(of.scopes("record_function_or_nullcontext", "capture_async"))
 
