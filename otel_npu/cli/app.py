@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003  typer reads it
 from typing import Annotated, Final, Optional, TypeAlias
 
 import typer
@@ -147,3 +148,32 @@ def top(
     from otel_npu.cli.top import run
 
     raise typer.Exit(run(session, pid, once=once, json=json))
+
+
+@app.command()
+def record(
+    *,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="For how long.")] = 10.0,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where to: .perfetto.json.gz for ui.perfetto.dev, .json for OTLP JSON lines.",
+            show_default="otel-npu-DATE-TIME.perfetto.json.gz",
+        ),
+    ] = None,
+    slowest: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--slowest", min=1, help="Keep so many steps alone, the slowest.", show_default="all"),
+    ] = None,
+    session: Session = None,
+    pid: Pid = None,
+) -> None:
+    """Record every step of every rank of a running session, whatever is kept as traces otherwise, and its requests.
+
+    Ctrl-C ends it and keeps what there is.
+    """
+    from otel_npu.cli.record import run
+
+    raise typer.Exit(run(session, pid, seconds, output, slowest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from otel_npu.relay.assembler import Counting
     from otel_npu.wire.looking import Seen
-
-_NO_TRACE = bytes(16)
 
 
 class Follower:
@@ -62,6 +61,13 @@ class Follower:
         except (msgspec.MsgspecError, ValueError):
             self.unreadable += 1
 
+    def waits_for(self, first_ns: int, last_ns: int) -> bool:
+        """Whether a step of an engine that began between these instants of the host's monotonic clock is not over."""
+        return any(
+            step.scheduled is not None and first_ns <= step.scheduled.opened_ns < last_ns
+            for step in self._joiner.steps()
+        )
+
     def tick(self) -> None:
         """Be done with what has waited long enough. Call it often."""
         self._joiner.tick()
@@ -90,9 +96,10 @@ class Follower:
     def _step(self, client: Client, frame: frames.Step) -> None:
         """A step: where spans are wanted it is a trace, whatever was decided when it began."""
         if self._put is not None:
+            span_id = frame.span_id or os.urandom(8)
             # As its engine's is, so that they are of one trace.
-            own = frame.trace_id or (frame.parent_span_id or frame.span_id) * 2
-            frame = msgspec.structs.replace(frame, kept=bool(own), trace_id=own)
+            trace_id = frame.trace_id or (frame.parent_span_id or span_id) * 2
+            frame = msgspec.structs.replace(frame, kept=True, trace_id=trace_id, span_id=span_id)
         self._take_spans(client.assembler.step(frame, functools.partial(self._joiner.ran, client)))
 
     def _take_spans(self, spans: Sequence[ReadableSpan]) -> None:

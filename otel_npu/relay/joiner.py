@@ -163,6 +163,10 @@ class Joiner:
                     request.dismissed(at_ns)
                     self._ended(request)
 
+    def steps(self) -> list[EngineStep]:
+        """The steps that are not done with."""
+        return list(self._steps.values())
+
     def open_requests(self) -> list[tuple[Client, frames.Request]]:
         """The requests under way: whose they are, and what announced them."""
         return [(request.engine.client, request.frame) for request in self._requests.values()]

@@ -32,15 +32,15 @@ def hellos(ranks: int) -> Iterator[looking.Seen]:
 
 
 def engine_step(
-    number: int, opened_ns: int, *, ranks: int = 2, kind: str = "decode", ms: float = 8.0, **changes: Any
+    number: int, opened_ns: int, *, ranks: int = 2, kind: str = "decode", ms: float = 8.0, trace: bool = True
 ) -> Iterator[looking.Seen]:
     """A step of the engine: 1 ms of scheduling, and on each rank `forward` of so many ms with `attention` in it.
 
     The ranks launch in half a millisecond what their devices take so long for; the last rank is 1 ms late.
     """
     span_id, trace_id = number.to_bytes(8, "big"), (1 << 64 | number).to_bytes(16, "big")
-    ids = {"trace_id": trace_id, "kept": False}
-    told = {"ranks": ranks, "kind": kind, "total_tokens": 4, "total_requests": 2, **changes}
+    ids = {"trace_id": trace_id if trace else b"", "kept": False}
+    told = {"ranks": ranks, "kind": kind, "total_tokens": 4, "total_requests": 2}
     yield seen(
         ENGINE, scheduled(number, opened_ns=opened_ns, scheduled_ns=opened_ns + MS, span_id=span_id, **ids, **told)
     )
