@@ -159,7 +159,7 @@ def record(
         typer.Option(
             "--output",
             "-o",
-            help="Where to: .perfetto.json.gz for ui.perfetto.dev, .json for OTLP JSON lines.",
+            help="Where to: .perfetto.json.gz for ui.perfetto.dev, .json for OTLP JSON lines, .html for a page.",
             show_default="otel-npu-DATE-TIME.perfetto.json.gz",
         ),
     ] = None,
@@ -177,3 +177,27 @@ def record(
     from otel_npu.cli.record import run
 
     raise typer.Exit(run(session, pid, seconds, output, slowest))
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="OTLP JSON lines: of `record`, or of a collector's file exporter; several belong together."
+        ),
+    ],
+    *,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Where to.", show_default="the first file's name, with .html"),
+    ] = None,
+    compare: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--compare", help="The run before, set beside this one; may be given several times."),
+    ] = None,
+) -> None:
+    """Make one page, which needs nothing but itself, of where the time went. Needs otel-npu[report]."""
+    from otel_npu.cli.report import run
+
+    raise typer.Exit(run(files, output, compare or []))

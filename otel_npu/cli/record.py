@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
     from otel_npu.looking.session import Connection
     from otel_npu.looking.span import Span
 
-ENDINGS: Final = (".perfetto.json.gz", ".json")
+ENDINGS: Final = (".perfetto.json.gz", ".json", ".html")
 
 
 def run(session: str | None, pid: int | None, seconds: float, file: Path | None, slowest: int | None) -> int:
     """Record and write; the exit code: 1 if something is missing."""
-    os.nice(10)  # the model goes first
+    os.nice(5)  # the model goes first
     path = file or Path(time.strftime("otel-npu-%Y%m%d-%H%M%S.perfetto.json.gz"))
     if not path.name.endswith(ENDINGS):
         return fail(f"{path}: a file ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    if path.suffix == ".html" and importlib.util.find_spec("plotly") is None:
+        return fail("a page needs Plotly: pip install 'otel-npu[report]'")
     try:  # now, not after all that was to be recorded is over
         with path.open("ab"):
             pass
@@ -66,6 +69,10 @@ def content(spans: Sequence[Span], name: str) -> bytes:
     """What a file of this name holds."""
     if name.endswith(".perfetto.json.gz"):
         return perfetto.write(spans)
+    if name.endswith(".html"):
+        from otel_npu.looking.report.page import page
+
+        return page(spans).encode()
     return "".join(otlp_json.lines(spans)).encode()
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from otel_npu.looking.session import Connection
 
 ONCE_SECONDS: Final = 3.0
+_RESOLVED_NS: Final = 300_000_000
+"""So long after a step has ended the relay has read of it."""
 _SCREEN_SECONDS: Final = 1.0
 _KEY_SECONDS: Final = 0.1
 _FILE_COLUMNS: Final = 120
@@ -29,12 +31,12 @@ _FILE_COLUMNS: Final = 120
 
 def run(session: str | None, pid: int | None, *, once: bool, json: bool) -> int:
     """Show it until `q`; or one table, of three seconds; the exit code."""
-    os.nice(10)  # the model goes first
+    os.nice(5)  # the model goes first
 
     def work(connection: Connection) -> int:
         top = Top(connection)
         if json or once or not sys.stdout.isatty():
-            top.watch(ONCE_SECONDS)
+            top.watch(ONCE_SECONDS + _RESOLVED_NS * 1e-9)
             found = top.found()
             if json:
                 sys.stdout.write(json_module.dumps(found, indent=2) + "\n")
@@ -58,7 +60,7 @@ class Top:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._tally = Tally()
+        self._tally = Tally(time.perf_counter_ns())
         self._follower = Follower(self._tally.process)
         self.sort = SORTS[0]
         self.rank: int | None = None
@@ -75,7 +77,10 @@ class Top:
 
     def found(self) -> dict[str, Any]:
         """All figures, as they are now."""
+        asked_ns = time.perf_counter_ns()
         state = self._connection.ask()
+        self.watch(0.0)  # what has come before the answer
+        self._tally.upto_ns = asked_ns - _RESOLVED_NS
         return {
             "session": self._connection.session,
             "processes": len(state.processes),

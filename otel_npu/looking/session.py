@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ANSWER_SECONDS: Final = 10.0
+_NEXT_ANSWER_SECONDS: Final = 30.0  # all that it has passed on comes before it
 _NOBODY: Final = "no session of user {} runs on this host: a program runs in one where OTEL_NPU_ENABLED is set"
 _RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
@@ -69,7 +70,7 @@ class Connection:
             LookError: Nobody answers.
         """
         self._send(frames.Look(frames.PROTOCOL, follow))
-        return self.answer(time.monotonic() + _ANSWER_SECONDS)
+        return self.answer(time.monotonic() + _NEXT_ANSWER_SECONDS)
 
     def answer(self, deadline: float) -> looking.Session:
         """What the relay answers, by then at the latest.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from otel_npu.relay.placing import Ran
     from otel_npu.wire.frames import Scheduled
 
 MINUTE_SECONDS: Final = 60
 _UNDER_WAY: Final = 64
+_SECOND_NS: Final = 1_000_000_000
 
 
 class _Step:
@@ -42,16 +40,11 @@ class _Step:
 
 
 class Slowest:
-    """Keeps the slowest step of each of the last seconds.
+    """Keeps the slowest step of each of the last seconds."""
 
-    Args:
-        now: Seconds that go on by themselves.
-    """
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self) -> None:
         self._under_way: dict[bytes, _Step] = {}
-        self._by_second: deque[tuple[int, int, _Step]] = deque()
+        self._by_second: dict[int, _Step] = {}
 
     def scheduled(self, frame: Scheduled) -> None:
         """An engine has scheduled a step."""
@@ -72,12 +65,9 @@ class Slowest:
 
     def last_minute(self) -> dict[str, Any] | None:
         """The slowest of the last minute: what it was, and when its stages began and how long they took."""
-        oldest = int(self._now()) - MINUTE_SECONDS
-        while self._by_second and self._by_second[0][0] < oldest:
-            self._by_second.popleft()
-        if not self._by_second:
-            return None
-        return _described(max(self._by_second, key=lambda entry: entry[1])[2])
+        last = max(self._by_second, default=0)
+        recent = [step for second, step in self._by_second.items() if second > last - MINUTE_SECONDS]
+        return _described(max(recent, key=lambda step: step.duration_ns)) if recent else None
 
     def _step(self, span_id: bytes) -> _Step:
         step = self._under_way.get(span_id)
@@ -95,14 +85,11 @@ class Slowest:
             self._judge(step)
 
     def _judge(self, step: _Step) -> None:
-        second, duration_ns = int(self._now()), step.duration_ns
-        if self._by_second and self._by_second[-1][0] == second:
-            if duration_ns <= self._by_second[-1][1]:
-                return
-            self._by_second.pop()
-        self._by_second.append((second, duration_ns, step))
-        if len(self._by_second) > MINUTE_SECONDS + 1:
-            self._by_second.popleft()
+        second = step.last.end_ns // _SECOND_NS
+        if second not in self._by_second or step.duration_ns > self._by_second[second].duration_ns:
+            self._by_second[second] = step
+            if len(self._by_second) > MINUTE_SECONDS:
+                del self._by_second[min(self._by_second)]
 
 
 def _described(step: _Step) -> dict[str, Any]:

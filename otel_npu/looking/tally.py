@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, deque
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
@@ -13,7 +12,7 @@ from otel_npu.relay.metrics.counted import extent
 from otel_npu.relay.verdicts import alike
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
 
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 WINDOW_SECONDS: Final = 10
 """Of so many seconds the figures are."""
+_KEPT_SECONDS: Final = 8 * WINDOW_SECONDS
+_SECOND_NS: Final = 1_000_000_000
 
 
 class Stages:
@@ -74,17 +75,18 @@ class Second:
 
 
 class Tally:
-    """Counts for all processes of a session.
+    """Counts for all processes of a session, by when things happened: a viewer that is late counts late, but right.
 
     Args:
-        now: Seconds that go on by themselves.
+        began_ns: From when on, by the host's monotonic clock.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self.began = now()
-        self._seconds: deque[Second] = deque()
-        self.slowest = Slowest(now)
+    def __init__(self, began_ns: int) -> None:
+        self._began_ns = began_ns
+        self.upto_ns = began_ns
+        """All that happened before has come."""
+        self._seconds: dict[int, Second] = {}
+        self.slowest = Slowest()
         self.hangs = 0
         self.dropped: dict[str, int] = {}
         """Since looking began, by reason."""
@@ -93,23 +95,26 @@ class Tally:
         """What is told of one process."""
         return ProcessTally(self, hello.pid)
 
-    def second(self) -> Second:
-        """The one that goes on."""
-        number = int(self._now() - self.began)
-        if not self._seconds or self._seconds[-1].number != number:
-            self._seconds.append(Second(number))
-            while self._seconds[0].number < number - WINDOW_SECONDS:
-                self._seconds.popleft()
-        return self._seconds[-1]
+    def second(self, at_ns: int) -> Second:
+        """The one in which this instant lies."""
+        number = (at_ns - self._began_ns) // _SECOND_NS
+        second = self._seconds.get(number)
+        if second is None:
+            second = self._seconds[number] = Second(number)
+            while len(self._seconds) > _KEPT_SECONDS:
+                del self._seconds[min(self._seconds)]
+        return second
 
     def window(self) -> tuple[list[Second], float]:
-        """The last whole seconds, or the one that goes on if it is the first; and how long they are."""
-        passed = self._now() - self.began
-        whole = int(passed)
-        if not whole:
-            return list(self._seconds), max(passed, 1e-9)
+        """The last whole seconds of which all has come, or the first as far as it has; and how long they are."""
+        passed_ns = self.upto_ns - self._began_ns
+        whole = passed_ns // _SECOND_NS
+        if whole < 1:
+            return [self._seconds[0]] if 0 in self._seconds else [], max(passed_ns, 1) / _SECOND_NS
         first = max(0, whole - WINDOW_SECONDS)
-        return [second for second in self._seconds if first <= second.number < whole], float(whole - first)
+        return [second for number, second in sorted(self._seconds.items()) if first <= number < whole], float(
+            whole - first
+        )
 
 
 class ProcessTally:
@@ -127,7 +132,7 @@ class ProcessTally:
 
     def ran(self, ran: Ran) -> None:
         """A step has run."""
-        step, second = ran.step, self._tally.second()
+        step, second = ran.step, self._tally.second(ran.step.seen_ns)
         rank = second.ranks.get(step.rank if step.rank >= 0 else -self._pid)
         if rank is None:
             rank = second.ranks[step.rank if step.rank >= 0 else -self._pid] = Rank(self._pid)
@@ -157,7 +162,7 @@ class ProcessTally:
         """An engine has scheduled a step, or says that requests have left it."""
         self.drops(frame.dropped)
         if frame.total_tokens:
-            second = self._tally.second()
+            second = self._tally.second(frame.scheduled_ns)
             second.engine_steps[frame.kind] += 1
             second.tokens += frame.total_tokens
             second.requests += frame.total_requests
@@ -165,7 +170,7 @@ class ProcessTally:
 
     def straggled(self, kind: str, skew_ns: int, ran: Ran) -> None:  # noqa: ARG002
         """The others waited for this rank."""
-        rank = self._tally.second().ranks.setdefault(ran.step.rank, Rank(self._pid))
+        rank = self._tally.second(ran.step.seen_ns).ranks.setdefault(ran.step.rank, Rank(self._pid))
         rank.straggles += 1
 
     def drops(self, counts: Mapping[str, int]) -> None:

@@ -60,7 +60,7 @@ def test_what_can_not_be_written_is_one_line_before_anything_is_recorded(tmp_pat
     began = time.monotonic()
     for name, complaint in (
         ("missing/out.json", "can't be written: No such file or directory"),
-        ("out.txt", "a file ends in .perfetto.json.gz or .json"),
+        ("out.txt", "a file ends in .perfetto.json.gz, .json or .html"),
     ):
         done = otel_npu_command("record", "--seconds", "600", "-o", str(tmp_path / name), "--session", "here")
         assert done.returncode == 1

@@ -13,30 +13,24 @@ from otel_npu.looking.tally import Tally, summary
 from tests.helpers.built import hello, stage, step
 from tests.helpers.watched import MS, engine_step, hellos, seen
 
-
-class Clock:
-    """Seconds of a test's own."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
+BEGAN_NS = 10**12
 
 
 class Watched:
     """A session that is counted."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
-        self.tally = Tally(self.clock)
-        self.follower = Follower(self.tally.process, now=self.clock)
+        self.tally = Tally(BEGAN_NS)
+        self.follower = Follower(self.tally.process, now=lambda: 0.0)
+
+    def upto(self, seconds: float) -> None:
+        """All of these seconds has come."""
+        self.tally.upto_ns = BEGAN_NS + round(seconds * 1e9)
 
     def second(self, number: int, *, steps: int, ms: float = 8.0, kind: str = "decode") -> None:
         """So many steps, one each 20 ms."""
-        self.clock.seconds = number + 0.5
         for index in range(steps):
-            opened_ns = 10**12 + number * 1000 * MS + index * 20 * MS
+            opened_ns = BEGAN_NS + number * 1000 * MS + index * 20 * MS
             for view in engine_step(number * 1000 + index + 1, opened_ns, ms=ms, kind=kind):
                 self.follower.take(view)
 
@@ -52,7 +46,7 @@ def watched() -> Watched:
 def test_steps_and_tokens_are_counted_by_the_second(watched: Watched) -> None:
     watched.second(0, steps=30)
     watched.second(1, steps=20, kind="prefill")
-    watched.clock.seconds = 2.25  # what has come of the third second does not count yet
+    watched.upto(2.25)  # what has come of the third second does not count yet
     found = summary(watched.tally)
     assert found["seconds"] == 2
     assert found["steps_per_second"] == {"decode": 15, "prefill": 10}
@@ -64,7 +58,7 @@ def test_what_is_older_than_the_window_is_forgotten(watched: Watched) -> None:
     watched.second(0, steps=30)
     for number in range(1, 30):
         watched.second(number, steps=1)
-    watched.clock.seconds = 30.0
+    watched.upto(30.0)
     found = summary(watched.tally)
     assert found["seconds"] == 10
     assert found["steps"] == {"decode": 10}
@@ -73,7 +67,7 @@ def test_what_is_older_than_the_window_is_forgotten(watched: Watched) -> None:
 def test_a_stage_has_its_share_its_quantiles_and_what_bounds_it(watched: Watched) -> None:
     watched.second(0, steps=40)
     watched.second(1, steps=1, ms=16)
-    watched.clock.seconds = 2.0
+    watched.upto(2.0)
     rows = {row["name"]: row for row in summary(watched.tally)["stages"]}
     forward = rows["forward"]
     assert forward["p50_ms"] == pytest.approx(8)
@@ -88,7 +82,7 @@ def test_a_stage_has_its_share_its_quantiles_and_what_bounds_it(watched: Watched
 
 def test_a_rank_is_busy_or_idle_and_straggles(watched: Watched) -> None:
     watched.second(0, steps=50)
-    watched.clock.seconds = 1.0
+    watched.upto(1.0)
     first, last = summary(watched.tally)["ranks"]
     assert (first["rank"], last["rank"]) == (0, 1)
     assert first["busy"] == pytest.approx(0.4)  # 8 of each 20 ms
@@ -117,8 +111,8 @@ def test_a_program_without_an_engine_has_its_own_steps() -> None:
     watched = Watched()
     watched.follower.take(seen(1, hello(pid=5)))
     for number in range(5):
-        watched.follower.take(seen(1, step(number, kind="", stages=[stage()])))
-    watched.clock.seconds = 1.0
+        watched.follower.take(seen(1, step(number, kind="", stages=[stage()], seen_ns=BEGAN_NS + MS)))
+    watched.upto(1.0)
     found = summary(watched.tally)
     assert found["steps"] == {"step": 5}
     assert [row["pid"] for row in found["ranks"]] == [5]
@@ -129,15 +123,15 @@ def test_where_the_engine_is_elsewhere_the_steps_are_its_ranks() -> None:
     for view in hellos(2):
         watched.follower.take(view)
     for number in range(1, 4):
-        for view in list(engine_step(number, 10**12 + number * 20 * MS))[1:-1]:
+        for view in list(engine_step(number, BEGAN_NS + number * 20 * MS))[1:-1]:
             watched.follower.take(view)
-    watched.clock.seconds = 1.0
+    watched.upto(1.0)
     assert summary(watched.tally)["steps"] == {"decode": 3}
 
 
 def test_the_stages_are_those_of_the_chosen_rank(watched: Watched) -> None:
     watched.second(0, steps=10)
-    watched.clock.seconds = 1.0
+    watched.upto(1.0)
     (row,) = [row for row in summary(watched.tally, 1)["stages"] if row["name"] == "forward"]
     assert row["per_second"] == 10
 
@@ -145,7 +139,7 @@ def test_the_stages_are_those_of_the_chosen_rank(watched: Watched) -> None:
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_screen_has_it_all(watched: Watched, columns: int) -> None:
     watched.second(0, steps=10)
-    watched.clock.seconds = 1.0
+    watched.upto(1.0)
     found = {"session": "s", "processes": 3, "on": 2, "dropped": {"queue_full": 3}, "unseen_packets": 0}
     console = Console(width=columns, file=io.StringIO())
     with console.capture() as capture:

@@ -1,0 +1,1 @@
+"""The page that shows where the time of some spans went."""
