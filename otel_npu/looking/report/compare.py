@@ -29,8 +29,8 @@ def comparison(before: Facts, after: Facts, names: tuple[str, str]) -> str:
         "<h2>Compared</h2>"
         f'<div class="wide"><table><thead><tr><th></th><th>{other}: median ms (95 %)</th><th>{this}: median ms (95 %)'
         "</th><th>times (95 %)</th><th></th></tr></thead><tbody>" + "".join(rows) + "</tbody></table></div>"
-        '<p class="note">The intervals are for medians, whatever the distribution, and take the steps as independent of '
-        "one another: steps of one run that are alike for another reason make them too narrow.</p>"
+        '<p class="note">The intervals are for medians, whatever the distribution, and take steps as independent: '
+        "steps of one run that are alike for another reason make them too narrow.</p>"
     )
 
 

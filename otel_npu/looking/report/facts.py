@@ -100,15 +100,15 @@ class Facts:
             return text
         stage, took = max(busiest.stages.items(), key=lambda item: item[1])
         whole = busiest.seconds or 1.0
+        name = busiest.name[0].upper() + busiest.name[1:]
         text += (
-            f" {busiest.name} was busy for {busiest.busy / whole:.0%} of the time, most of it with {stage} "
-            f"({took / whole:.0%})"
+            f" {name} was busy for {busiest.busy / whole:.0%} of the time, most of it with {stage} ({took / whole:.0%})"
         )
         if busiest.idle is not None:
             text += f", and had nothing to do for {busiest.idle / whole:.0%}"
         if busiest.judged:
             share = busiest.launch_bound / busiest.judged
-            text += f"; {share:.0%} of its steps waited for the host to launch them"
+            text += f"; in {share:.0%} of its steps it waited for the host to launch work"
         return text + "."
 
     def _runs(self) -> dict[tuple[str, int], list[Run]]:

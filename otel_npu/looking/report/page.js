@@ -28,7 +28,8 @@
     margin: { l: 150, r: 10, t: 10, b: 40 }, barmode: "overlay", bargap: 0.15, showlegend: false, ...more,
   });
   const axis = (more) => ({ gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true, ...more });
-  const CONFIG = { displaylogo: false, responsive: true, scrollZoom: true };
+  const CONFIG = { displaylogo: false, responsive: true, scrollZoom: true,
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "toImage"]] };
 
   // The figures that Python has made: bars of time by rank, boxes by stage, bars by request.
   const figures = JSON.parse(text("figures"));
@@ -42,7 +43,7 @@
         barmode: figure.stacked ? "stack" : "overlay", showlegend: Boolean(figure.stacked), height: figure.height,
         legend: { orientation: "h", y: -0.25 }, xaxis: axis({ title: { text: figure.x }, type: figure.log ? "log" : "linear" }),
         yaxis: axis({ autorange: "reversed", type: "category" }),
-      }), { ...CONFIG, scrollZoom: false });
+      }), { ...CONFIG, scrollZoom: false, displayModeBar: false });
     }
   };
 
@@ -70,6 +71,7 @@
             bars.push({ y, start: spans.start[i], took: spans.took[i], i });
           } else if (merged && spans.start[i] - (merged.start + merged.took) < pixel) {
             merged.took = Math.max(merged.took, end(i) - merged.start); merged.count++; merged.busy += spans.took[i];
+            if (spans.took[i] > spans.took[merged.i]) merged.i = i;
           } else {
             merged = { y, start: spans.start[i], took: spans.took[i], i, count: 1, busy: spans.took[i] };
             bars.push(merged);

@@ -105,7 +105,7 @@ def _plotly() -> str:
 
 
 def _embedded(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _services(spans: Sequence[Span]) -> str:

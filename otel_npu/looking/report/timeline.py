@@ -63,7 +63,7 @@ class Timeline:
                 for stage in run.stages:
                     by_depth[min(self._depth(stage, run), _MAX_DEPTH - 1)].append(stage)
             for depth, stages in enumerate(by_depth):
-                self._add(f"{name}{' >' * (depth + 1)}", stages)
+                self._add(f"{name} stages" if not depth else f"{name} stages, inside {depth}", stages)
 
     def _depth(self, stage: Span, run: Run) -> int:
         depth, at = 0, self._model.parent(stage)
