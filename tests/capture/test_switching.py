@@ -69,7 +69,8 @@ def test_500_times_back_and_forth_leave_nothing_behind(captured: Captured) -> No
 
     recorder = captured.recorder
     before = back_and_forth(20)
-    assert back_and_forth(500) == before
+    after = back_and_forth(500)
+    assert all(count <= at_first for count, at_first in zip(after, before, strict=True)), (before, after)
     assert len([frame for frame in captured.sent if isinstance(frame, frames.Step)]) == 520
 
 
