@@ -1,6 +1,6 @@
 """What it costs the relay to hold steps until it is known whether they were slow: memory and processor time.
 
-    python -m benchmarks.holding_cost
+    python -m benchmarks.holding_cost [--steps N]
 
 Steps of seven stages whose engine is on another host, of which nobody says that they are slow: as many as are held at
 most, and as many again, each of which takes the place of one. Against those that the engine tells of and is done with.
@@ -8,6 +8,7 @@ most, and as many again, each of which takes the place of one. Against those tha
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 import tracemalloc
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 STAGES: Final = ("prepare_input", "forward", "post_process", "sample", "bookkeep", "eplb", "model_runner_output")
 STEPS: Final = HELD_STAGES // len(STAGES)
+"""So many are held at most."""
 _MS: Final = 1_000_000
 
 
@@ -74,37 +76,40 @@ def packet(number: int) -> bytes:
     )
 
 
-def microseconds(work: Callable[[], None]) -> float:
+def microseconds(steps: int, work: Callable[[], None]) -> float:
     """Processor time of it, of each step."""
     began = time.process_time()
     work()
-    return (time.process_time() - began) / STEPS * 1e6
+    return (time.process_time() - began) / steps * 1e6
 
 
 def main() -> None:
     """Print what it costs."""
-    packets = [packet(number) for number in range(2 * STEPS)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="how many; with fewer none gives way to another")
+    steps = parser.parse_args().steps
+    packets = [packet(number) for number in range(2 * steps)]
 
     def told(relay: Relay) -> None:
-        for number in range(STEPS):
+        for number in range(steps):
             span_id = (number + 1 << 1 | 1).to_bytes(8, "big")
             relay.take(scheduled(number, span_id=span_id, requests=[], tokens=[], prefills=[], kept=False))
             relay.run(packets[number])
             relay.take(updated(number, span_id=span_id, requests=[], new_tokens=[]))
 
     def held(relay: Relay, first: int) -> None:
-        for each in packets[first : first + STEPS]:
+        for each in packets[first : first + steps]:
             relay.run(each)
 
-    alone = microseconds(functools.partial(told, Relay()))
+    alone = microseconds(steps, functools.partial(told, Relay()))
     relay = Relay()
-    filling = microseconds(functools.partial(held, relay, 0))
-    full = microseconds(functools.partial(held, relay, STEPS))
+    filling = microseconds(steps, functools.partial(held, relay, 0))
+    full = microseconds(steps, functools.partial(held, relay, steps))
     tracemalloc.start()
     measured = Relay()
     held(measured, 0)
     memory, _ = tracemalloc.get_traced_memory()
-    print(f"{STEPS:,} steps of {len(STAGES)} stages, as many as are held at most: {memory / 1e6:.1f} MB")
+    print(f"{steps:,} steps of {len(STAGES)} stages, which are held: {memory / 1e6:.1f} MB")
     print(f"processor time of a step that is held: {filling:.1f} us; where one gives way to it: {full:.1f} us")
     print(f"of one that its engine tells of, with what that says: {alone:.1f} us")
 

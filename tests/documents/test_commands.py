@@ -95,6 +95,8 @@ def test_a_documented_command_runs(checkout: Path, receiver: Receiver, command: 
     given = command.replace(_OTLP, f"http://127.0.0.1:{receiver.grpc_port}")
     if "stage_cost" in given:
         given += " --rounds 20"
+    if "holding_cost" in given:
+        given += " --steps 100"
     if "vllm_cost" in given:
         if importlib.util.find_spec("vllm") is None:
             pytest.skip("vLLM is not installed")
