@@ -38,7 +38,7 @@ coverage: $(VENV)/.test ## Run all tests and show which lines and branches none 
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
-	FAULTS=full $(BIN)/python -m pytest tests/faults
+	FAULTS=full $(BIN)/python -m pytest tests/faults tests/capture/test_interrupts.py
 
 soak: $(VENV)/.test ## One trouble after another for half an hour
 	SOAK_SECONDS=1800 $(BIN)/python -m pytest tests/faults/test_soak.py

@@ -13,6 +13,7 @@ import otel_npu
 from otel_npu.capture import switch
 from otel_npu.capture.interrupts import from_outside
 from otel_npu.native import native
+from tests.faults.effort import times
 from tests.helpers.capturing import MILLISECOND, Captured, Clock, capturing, simulated, wait_until
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ print("exits")
 def test_what_a_signal_handler_raises_reaches_the_program_and_tracing_goes_on(
     run_program: Callable[..., Any], kind: str, device: str, pure: str
 ) -> None:
-    source = RAISING.format(kind=kind, device=device, times=1500)
-    done = run_program(source, {"OTEL_NPU_PURE_PYTHON": pure, "OTEL_TRACES_EXPORTER": "none"}, timeout=180)
+    source = RAISING.format(kind=kind, device=device, times=times(1500, 6000 if kind == "exit" else 20_000))
+    done = run_program(source, {"OTEL_NPU_PURE_PYTHON": pure, "OTEL_TRACES_EXPORTER": "none"}, timeout=times(180, 900))
     assert done.stdout == "exits\n"
 
 
