@@ -7,6 +7,7 @@ next, so it can't be told from one of the model's own, and goes on to the model.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,3 +145,86 @@ def test_a_record_that_fails_is_the_models_and_tracing_ends_audibly(
         assert launched < (2 + STEPS + 3) * STAGES
     assert ("has been unfinished for" if on else "tracing is off from here") in log
     assert len(receiver.named("worker_step")) >= 2
+
+
+CAPTURING = """
+import json
+from tests.helpers.ascend.simulator import Simulator
+simulator = Simulator.load()
+import torch, torch_npu
+import otel_npu
+
+torch.npu.set_device(0)
+torch.npu._sleep(1)
+graph, side = torch.npu.NPUGraph(), torch.npu.Stream()
+
+def stage(name):
+    with otel_npu.stage(name):
+        torch.npu._sleep(1_000_000)
+
+def replay():
+    # what it takes the device, in microseconds
+    simulator.manual_clock(True)
+    start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    torch.npu.synchronize()
+    simulator.manual_clock(False)
+    return round(start.elapsed_time(end) * 1000)
+
+with otel_npu.step("prefill"):
+    stage("before")
+torch.npu.synchronize()
+with otel_npu.step("capture"):
+    with otel_npu.stage("around"):
+        with torch.npu.graph(graph):
+            stage("inside")
+            torch.npu._sleep(1_000_000)
+    replayed = [replay()]
+with otel_npu.step("begins inside"):
+    with torch.npu.stream(side):
+        with otel_npu.stage("ends inside"):  # its end becomes a part of the graph
+            graph = torch.npu.NPUGraph()
+            graph.capture_begin()
+            torch.npu._sleep(1_000_000)
+        graph.capture_end()
+    replayed.append(replay())
+with otel_npu.step("decode"):
+    stage("after")
+torch.npu.synchronize()
+for _ in range(2):
+    assert otel_npu.flush(60)
+    with otel_npu.step("last"):
+        pass
+assert otel_npu.flush(60)
+print(json.dumps(replayed), flush=True)
+"""
+
+
+@pytest.mark.parametrize("queue", ["0", "1"])
+def test_a_graph_that_is_captured_in_the_midst_of_a_stage_is_the_same_as_without_us(
+    run_program: Callable[..., Any], receiver: Receiver, queue: str
+) -> None:
+    done = run_program(
+        CAPTURING,
+        {
+            **receiver.grpc_environment,
+            "OTEL_NPU_ENABLED": "1",
+            "OTEL_NPU_STEPS_PER_SECOND": "all",
+            "TASK_QUEUE_ENABLE": queue,
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        },
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [2000, 1000]
+    assert "Traceback" not in done.stderr
+    timed = {
+        span.name.removesuffix(" (host)"): span.attributes["npu.timing"]
+        for span in receiver.spans
+        if span.name != "worker_step"
+    }
+    assert timed == {"before": "device", "around": "device", "ends inside": "host", "after": "device"}
+    counted = Counter[str]()
+    for span in receiver.spans:
+        counted.update({key: value for key, value in span.attributes.items() if key.startswith("npu.dropped.")})
+    assert counted == {"npu.dropped.stream_captured": 1, "npu.dropped.times_unreadable": 1}
