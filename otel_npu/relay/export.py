@@ -143,9 +143,9 @@ class ExportQueue:
             self._changed.notify_all()
         for destination in self._destinations:
             if destination not in stuck:  # else it is in its receiver; the process ends around it
-                closing = threading.Thread(target=destination.exporter.shutdown, daemon=True)  # that can take minutes
-                closing.start()
-                closing.join(max(0.1, deadline - time.monotonic()))
+                closing = _start_thread("otel-npu close", destination.exporter.shutdown)  # that can take minutes
+                if closing is not None:
+                    closing.join(max(0.1, deadline - time.monotonic()))
 
     # In.
 
@@ -210,7 +210,7 @@ class ExportQueue:
     def _start(self) -> None:
         """Have a thread that sees to all this."""
         if not self._runs:
-            self._runs = _start_thread("otel-npu export", self._run)
+            self._runs = _start_thread("otel-npu export", self._run) is not None
 
     def _run(self) -> None:
         while not self._closed:
@@ -248,7 +248,7 @@ class ExportQueue:
         """Have a thread that sends the next one."""
         busy = self._senders[destination] <= len(destination.under_way)
         if busy and destination.pause() <= 0:
-            self._senders[destination] += _start_thread("otel-npu send", lambda: self._serve(destination))
+            self._senders[destination] += bool(_start_thread("otel-npu send", lambda: self._serve(destination)))
 
     def _serve(self, destination: Destination) -> None:
         while True:
@@ -272,13 +272,14 @@ class ExportQueue:
         time.sleep(_LOOK_SECONDS)  # it may well come again
 
 
-def _start_thread(name: str, work: Callable[[], None]) -> bool:
+def _start_thread(name: str, work: Callable[[], None]) -> threading.Thread | None:
+    thread = threading.Thread(target=work, name=name, daemon=True)
     try:
-        threading.Thread(target=work, name=name, daemon=True).start()
+        thread.start()
     except RuntimeError as error:  # there are no threads left; there may be
         _log.debug("can't start a thread now: %s", error)
-        return False
-    return True
+        return None
+    return thread
 
 
 def _send(destination: Destination, load: Load) -> Outcome:

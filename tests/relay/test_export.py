@@ -233,6 +233,9 @@ def test_while_no_thread_can_be_started_spans_wait(sender: Sender, monkeypatch: 
     bench.put(second)
     assert bench.flush()
     assert sender.names == ["first", "second"]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_threads)
+        bench.queue.close(0.1)  # the exporter's own end is left out
 
 
 def test_a_fault_of_our_own_ends_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -146,6 +147,33 @@ def test_the_recorder_is_made_once_with_the_configurations_endpoint(
     assert recorder.settings.environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] == "collector:4317"
     assert tracing.recorder(endpoint) is recorder
     assert asked == ["asked"]
+
+
+def test_who_asks_meanwhile_waits_for_the_configurations_endpoint(
+    unbegun: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_NPU_ENABLED", "1")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    asked, answered = threading.Event(), threading.Event()
+    found: list[object] = []
+
+    def endpoint() -> str:
+        asked.set()
+        assert not answered.wait(0.3), "somebody has not waited"
+        return "collector:4317"
+
+    def other() -> None:
+        asked.wait(20)
+        found.append(tracing.recorder(lambda: None))
+        answered.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    recorder = tracing.recorder(endpoint)
+    thread.join(20)
+    assert recorder is not None
+    assert found == [recorder]
+    assert recorder.settings.environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] == "collector:4317"
 
 
 def test_a_configuration_that_can_not_be_read_leaves_tracing_off(

@@ -128,9 +128,14 @@ class Metrics:
             threading.Thread(target=source.reader.shutdown, args=(timeout_seconds * 1000,), daemon=True)
             for source in self._sources
         ]
+        started = []
         for thread in threads:
-            thread.start()
-        for thread in threads:
+            try:
+                thread.start()
+                started.append(thread)
+            except RuntimeError:  # no thread can be started: one after the other, then
+                thread.run()
+        for thread in started:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _forget(self, shelf: Shelf) -> None:

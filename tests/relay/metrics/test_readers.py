@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -157,3 +159,15 @@ def test_a_port_in_use_is_one_clear_line_and_taken_once_it_is_free(
 def test_the_exemplar_filter_is_the_standard_one() -> None:
     assert exemplar_filter({}) == "trace_based"
     assert exemplar_filter({"OTEL_METRICS_EXEMPLAR_FILTER": "ALWAYS_OFF"}) == "always_off"
+
+
+def test_where_no_thread_can_be_started_the_last_export_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_threads(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ended: list[float] = []
+    metrics = Metrics.__new__(Metrics)
+    metrics._sources = [SimpleNamespace(reader=SimpleNamespace(shutdown=ended.append)) for _ in range(2)]  # type: ignore[misc]
+    monkeypatch.setattr(threading.Thread, "start", no_threads)
+    metrics.close(1.5)
+    assert ended == [1500, 1500]
