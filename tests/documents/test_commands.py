@@ -34,18 +34,21 @@ tokens = [1, 2, 3]
 
 ELSEWHERE = {
     "make test": "it runs this test",
-    "pip install .": "test_package.py, into an environment of its own",
+    "make test-quick": "it runs what `make test` does",
+    "pip install .": "tests/test_package.py, into an environment of its own",
     "export OTEL_NPU_ENABLED=1 OTEL_SERVICE_NAME=vllm; vllm serve MODEL --otlp-traces-endpoint http://collector:4317": (
-        "test_vllm_examples.py, by the script that says it"
+        "tests/vllm/test_examples.py, by the script that says it"
     ),
     "vllm serve MODEL --otlp-traces-endpoint http://localhost:4317": "the same",
-    "otel-npu doctor": "test_doctor.py",
-    "otel-npu demo --forever": "test_cli.py",
-    "otel-npu relay": "test_deploy_relay.py",
+    "otel-npu doctor": "tests/cli/test_doctor.py",
+    "otel-npu demo --forever": "tests/cli/test_demo.py",
+    "otel-npu relay": "tests/deploy/test_relay.py",
+    "otel-npu top": "tests/cli/test_top.py, on a session that runs",
+    "otel-npu record -o slow.perfetto.json.gz": "tests/cli/test_record.py",
     "make bench": "its command is run here with fewer rounds",
     "make check": "`.ci/run` runs it",
     "export OTEL_NPU_SESSION=llm XDG_RUNTIME_DIR=/run/otel-npu; otel-npu relay --wait": (
-        "test_deploy_relay.py, in a folder of its own"
+        "tests/deploy/test_relay.py, in a folder of its own"
     ),
 }
 NO_ENGINE = ("docker ", "kubectl ")  # there is no engine for containers on the test machine
