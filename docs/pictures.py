@@ -50,7 +50,7 @@ def demo() -> None:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS), LINES=str(_ROWS))
         program = Path(sys.executable).with_name("otel-npu")
         os.execve(program, ["otel-npu", "demo"], {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"})  # noqa: S606
-    shown = _read(descriptor).decode()
+    shown = read_terminal(descriptor).decode()
     assert os.waitpid(process, 0)[1] == 0, shown
     shown = shown.rpartition("\x1b[2K")[2].replace("\r", "")  # what stays when the progress is over
     console = Console(record=True, width=_COLUMNS, force_terminal=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
@@ -189,7 +189,8 @@ class _Page(http.server.SimpleHTTPRequestHandler):
         """Nothing."""
 
 
-def _read(descriptor: int) -> bytes:
+def read_terminal(descriptor: int) -> bytes:
+    """All that is shown on a terminal until nobody writes to it any more."""
     read = b""
     while True:
         try:

@@ -13,6 +13,7 @@ from otel_npu.drops import Drops
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
 from otel_npu.relay.joiner import Joiner
+from otel_npu.relay.making import Unmade
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames
 
@@ -103,7 +104,9 @@ class Follower:
         self._take_spans(client.assembler.step(frame, functools.partial(self._joiner.ran, client)))
 
     def _take_spans(self, spans: Sequence[ReadableSpan]) -> None:
-        if self._put is not None and spans:
+        # Those of requests come from the relay, which has seen all of their steps: they give way to nothing.
+        of_request = isinstance(spans, Unmade) and not spans.gives_way
+        if self._put is not None and not of_request and spans:
             self._put(spans)
 
 

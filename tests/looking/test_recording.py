@@ -232,6 +232,7 @@ def test_requests_that_end_meanwhile_are_recorded(tmp_path: Path, monkeypatch: p
     assert len(model.steps) == 3
     (ended,) = model.requests
     assert ended.name == "cmpl-5"
+    assert [span.name for span in ended.spans] == ["queue"]
 
 
 def test_a_relay_that_goes_leaves_what_was_recorded_until_then(relay: Relay) -> None:

@@ -158,7 +158,7 @@ def rank_name(run: Run) -> str:
     host = run.span.resource.get(semconv.HOST_NAME, "")
     if run.rank is not None:
         replica = run.span.attributes.get(semconv.DP_RANK)
-        return f"rank {run.rank}" if replica is None else f"rank {run.rank} of replica {replica}"
+        return f"rank {run.rank} of replica {replica}" if replica else f"rank {run.rank}"
     return f"process {run.span.resource.get(semconv.PROCESS_PID, '')}".strip() or str(host)
 
 

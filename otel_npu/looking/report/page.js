@@ -41,7 +41,8 @@
       });
       Plotly.react(id, traces, layout({
         barmode: figure.stacked ? "stack" : "overlay", showlegend: Boolean(figure.stacked), height: figure.height,
-        legend: { orientation: "h", y: -0.25 }, xaxis: axis({ title: { text: figure.x }, type: figure.log ? "log" : "linear" }),
+        margin: { l: 150, r: 10, t: figure.stacked ? 40 : 10, b: 40 },
+        legend: { orientation: "h", y: 1, yanchor: "bottom", traceorder: "normal" }, xaxis: axis({ title: { text: figure.x }, type: figure.log ? "log" : "linear" }),
         yaxis: axis({ autorange: "reversed", type: "category" }),
       }), { ...CONFIG, scrollZoom: false, displayModeBar: false });
     }

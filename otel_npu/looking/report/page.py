@@ -83,7 +83,10 @@ def page(spans: Sequence[Span], other: Sequence[Span] = (), names: tuple[str, st
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], attributes: Sequence[str] = ()) -> str:
-    """A table; `attributes` are those of each row, as HTML."""
+    """A table, without the columns in which nothing is; `attributes` are those of each row, as HTML."""
+    filled = list(rows)
+    used = [number for number in range(len(head)) if any(row[number] not in (None, "") for row in filled)]
+    head, rows = [head[number] for number in used], [[row[number] for number in used] for row in filled]
     body = "".join(
         f"<tr {attributes[number] if attributes else ''}>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>"
         for number, row in enumerate(rows)
