@@ -44,7 +44,7 @@ class Viewer:
         """Send it now, or later; it is left out, and counted, when too much waits."""
         if not self._backlog and sent(self.client.connection, packet):
             return
-        if self._backlog_bytes + len(packet) > MAX_BACKLOG_BYTES:
+        if self._backlog_bytes + len(packet) > MAX_BACKLOG_BYTES or len(packet) > looking.MAX_PACKET_BYTES:
             self.unseen += 1
             return
         self._backlog.append(packet)
@@ -122,7 +122,12 @@ class Viewers:
         from otel_npu.relay.encoding import encode_request  # with the SDK, which has been imported by now
 
         made = looking.encode(looking.Made(encode_request(spans)))
-        for viewer in self.followers if len(made) <= looking.MAX_PACKET_BYTES else ():
+        if len(made) > looking.MAX_PACKET_BYTES and len(spans) > 1:
+            half = len(spans) // 2
+            self.made(spans[:half])
+            self.made(spans[half:])
+            return
+        for viewer in self.followers:
             viewer.send(made)
 
     def drain(self) -> None:

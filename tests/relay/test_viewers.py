@@ -11,7 +11,7 @@ from otel_npu.relay import viewers
 from otel_npu.relay.server import Server
 from otel_npu.relay.switching import QUIET_SECONDS, Switching
 from otel_npu.wire import frames, looking
-from tests.helpers.built import hello, request, request_end, scheduled, step
+from tests.helpers.built import hello, request, request_end, scheduled, stage, step
 from tests.helpers.traced import eventually
 from tests.relay.test_server import Client, Relay
 
@@ -93,6 +93,25 @@ def test_the_spans_of_a_request_come_as_they_are_exported(relay: Relay) -> None:
     made = eventually(lambda: isinstance(view := looks.next(), looking.Made) and view, "the request's spans")
     (resource,) = ExportTraceServiceRequest.FromString(made.request).resource_spans
     assert "queue" in [span.name for span in resource.scope_spans[0].spans]
+
+
+def test_more_spans_than_a_packet_takes_come_in_several(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    client, looks = relay.client(), Looking(relay.client())
+    relay.run()
+    looks.ask(follow=True)
+    client.greet()
+    client.send(step(1, stages=[stage(name=f"{index:03}" * 100) for index in range(400)]))
+    assert client.flush()
+    relay.server._viewers.made(relay.exporter.spans)
+    names: list[str] = []
+    while len(names) < 401:
+        view = looks.next()
+        if isinstance(view, looking.Made):
+            (resource,) = ExportTraceServiceRequest.FromString(view.request).resource_spans
+            names += [span.name for span in resource.scope_spans[0].spans]
+    assert sorted(names) == sorted(span.name for span in relay.exporter.spans)
 
 
 def test_whoever_reads_slowly_keeps_nobody_waiting_and_is_told_what_it_missed(
