@@ -14,6 +14,7 @@ own spans go is said by the standard variables, such as OTEL_EXPORTER_OTLP_ENDPO
 from __future__ import annotations
 
 import argparse
+import signal
 
 import fastapi
 import httpx
@@ -54,6 +55,8 @@ def main() -> None:
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     HTTPXClientInstrumentor().instrument()
+    # When it is done uvicorn raises the signal again, which would end the process before the last spans have left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         uvicorn.run(make_app(arguments.vllm), host="127.0.0.1", port=arguments.port)
     finally:
