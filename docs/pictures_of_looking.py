@@ -81,7 +81,7 @@ def _top(environment: Mapping[str, str]) -> None:
     shown = read_terminal(descriptor).decode()
     assert os.waitpid(process, 0)[1] == 0, shown
     console = Console(record=True, width=_COLUMNS, force_terminal=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    console.print(Text("$ otel-npu top", "bold"))
+    console.print(Text("$ otel-npu top --once", "bold"))
     console.print(Text.from_ansi(shown.replace("\r", "")), end="")
     svg = console.export_svg(title="otel-npu top")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # nothing from the network: any fixed font will do

@@ -69,3 +69,14 @@ def test_the_pictures_of_a_request_are_there_and_not_too_heavy() -> None:
         assert width > 1200
         assert height > 100
         assert len(picture) < 300_000
+
+
+def test_the_picture_of_top_has_the_columns_that_top_has() -> None:
+    text = "\n".join(lines_of((PICTURES / "top.svg").read_text()))
+    for column in ("steps/s", "tokens/s", "share", "p50 ms", "p99 ms", "bound by", "busy", "straggles/s"):
+        assert column in text
+    assert "slowest step of the last minute" in text
+
+
+def test_the_picture_of_a_report_is_there_and_not_too_heavy() -> None:
+    assert 10_000 < (PICTURES / "report.png").stat().st_size < 300_000
