@@ -44,7 +44,7 @@ def packets(serving: Serving, rate: int, seconds: float, first: int) -> Iterator
                 msgspec.Raw(frames.encode(_ran(first + number, rank, began + number * every_ns, kept=False)))
                 for number in range(start, min(steps, start + group))
             ]
-            yield (start + group) * every_ns, rank, frames.encode(frames.Steps(raw))
+            yield (start + group) * every_ns, rank, frames.encode(frames.Several(raw))
         for number in range(start, min(steps, start + group)):
             at_ns = began + number * every_ns
             told = scheduled(

@@ -106,7 +106,7 @@ class Serving:
         for rank, (worker, waiting) in enumerate(zip(self.workers, self._waiting, strict=True)):
             waiting.append(_ran(number, rank, now, kept=kept))
             if len(waiting) == PACKET_STEPS:
-                _send(worker, frames.Steps([msgspec.Raw(frames.encode(each)) for each in waiting]))
+                _send(worker, frames.Several([msgspec.Raw(frames.encode(each)) for each in waiting]))
                 waiting.clear()
         finished = []
         for each in numbers:

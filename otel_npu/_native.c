@@ -16,20 +16,21 @@
 
 static PyObject *open_step; /* the context variable of `context.py` */
 static PyTypeObject *Ids;   /* the named tuple of `context.py` */
+static PyObject *no_rank;   /* of `context.py` */
+static PyObject *append;    /* `deque.append` */
 static long long batch_steps, batch_ns;
 static PyObject *test_clock; /* a clock in the place of the host's, for tests */
 #define NAMES(X) \
-    X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") X(append, "append") \
+    X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
     X(capture_check, "_capture_check") X(choose, "_choose") X(close, "close") \
-    X(current_stream_key, "current_stream_key") X(device_index, "device_index") X(dues, "dues") \
+    X(device_index, "device_index") X(dues, "dues") \
     X(find_place, "_find_place") X(free, "free") X(handle, "handle") X(handles, "handles") \
-    X(interval_ns, "interval_ns") X(let_go, "let_go") X(limiter, "limiter") X(local, "local") \
+    X(interval_ns, "interval_ns") X(let_go, "let_go") \
     X(not_entered, "_not_entered") X(not_exited, "_not_exited") X(not_opened, "_not_opened") X(open, "open") \
-    X(open_again, "_open_again") X(open_question, "device_is_open_question") \
+    X(open_again, "_open_again") \
     X(opentelemetry, "opentelemetry.trace") X(qualname, "__qualname__") X(record_end, "record_end") \
-    X(record_start, "record_start") X(root_traces, "root_traces") X(running, "running") X(side, "side") \
-    X(slack_ns, "slack_ns") X(step, "_step") X(step_closed, "step_closed") X(step_numbers, "step_numbers") \
-    X(stream, "stream") X(stream_id, "stream_id") X(streams, "streams") X(thread, "thread") X(timed, "timed") \
+    X(record_start, "record_start") X(side, "side") X(slack_ns, "slack_ns") X(step, "_step") \
+    X(recorder, "_recorder") X(step_closed, "step_closed") X(stream, "stream") X(stream_id, "stream_id") X(thread, "thread") X(timed, "timed") \
     X(too_many, "_too_many")
 #define DECLARE(name, text) static PyObject *str_##name;
 NAMES(DECLARE)
@@ -54,8 +55,15 @@ static int now_ns(long long *ns)
 
 typedef struct {
     PyObject_HEAD
+    PyObject *current_stream_key, *limiter, *local, *step_numbers, *streams;
+    unsigned long long serial; /* which one it is, of all that ever were */
+    char device_is_open_question, root_traces, running;
+} CaptureRecord;
+
+typedef struct {
+    PyObject_HEAD
     PyObject *lock, *open, *pending, *thread;
-    long long boundaries, waiting_since_ns;
+    long long waiting_since_ns;
     char busy;
 } ThreadRecord;
 
@@ -64,6 +72,8 @@ typedef struct {
     PyObject *attributes, *capture, *error, *ids, *kind, *outer, *rank, *requests, *stages, *thread;
     long long closed_ns, number, opened_ns;
     char bare, hang_reported;
+    char chosen, kept;            /* whether its ids are these, and nobody has asked for `ids` yet */
+    unsigned char new_ids[16 + 8];
 } StepRecord;
 
 typedef struct {
@@ -77,8 +87,9 @@ typedef struct {
     PyObject *step;
 } Handle;
 
-static PyTypeObject Handle_Type, StageRecord_Type, StepRecord_Type, ThreadRecord_Type;
+static PyTypeObject CaptureRecord_Type, Handle_Type, StageRecord_Type, StepRecord_Type, ThreadRecord_Type;
 
+#define VISIT_CAPTURE(X) X(current_stream_key) X(limiter) X(local) X(step_numbers) X(streams)
 #define VISIT_THREAD(X) X(lock) X(open) X(pending) X(thread)
 #define VISIT_STEP(X) \
     X(attributes) X(capture) X(error) X(ids) X(kind) X(outer) X(rank) X(requests) X(stages) X(thread)
@@ -86,6 +97,34 @@ static PyTypeObject Handle_Type, StageRecord_Type, StepRecord_Type, ThreadRecord
     X(attributes) X(capture) X(device_ns) X(duration_ns) X(error) X(name) X(pair) X(step) X(stream)
 #define VISIT(field) Py_VISIT(self->field);
 #define CLEAR(field) Py_CLEAR(self->field);
+
+static int capture_traverse(CaptureRecord *self, visitproc visit, void *arg)
+{
+    VISIT_CAPTURE(VISIT)
+    return 0;
+}
+
+static int capture_clear(CaptureRecord *self)
+{
+    VISIT_CAPTURE(CLEAR)
+    return 0;
+}
+
+static void capture_dealloc(CaptureRecord *self)
+{
+    PyObject_GC_UnTrack(self);
+    capture_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *capture_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static unsigned long long captures;
+    CaptureRecord *self = (CaptureRecord *)type->tp_alloc(type, 0);
+    if (self != NULL)
+        self->serial = ++captures;
+    return (PyObject *)self;
+}
 
 static int thread_traverse(ThreadRecord *self, visitproc visit, void *arg)
 {
@@ -144,11 +183,20 @@ static void stage_dealloc(StageRecord *self)
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+static PyMemberDef capture_members[] = {
+#define MEMBER(field) {#field, T_OBJECT_EX, offsetof(CaptureRecord, field), 0, NULL},
+    VISIT_CAPTURE(MEMBER)
+#undef MEMBER
+    {"device_is_open_question", T_BOOL, offsetof(CaptureRecord, device_is_open_question), 0, NULL},
+    {"root_traces", T_BOOL, offsetof(CaptureRecord, root_traces), 0, NULL},
+    {"running", T_BOOL, offsetof(CaptureRecord, running), 0, NULL},
+    {NULL},
+};
+
 static PyMemberDef thread_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(ThreadRecord, field), 0, NULL},
     VISIT_THREAD(MEMBER)
 #undef MEMBER
-    {"boundaries", T_LONGLONG, offsetof(ThreadRecord, boundaries), 0, NULL},
     {"waiting_since_ns", T_LONGLONG, offsetof(ThreadRecord, waiting_since_ns), 0, NULL},
     {"busy", T_BOOL, offsetof(ThreadRecord, busy), 0, NULL},
     {NULL},
@@ -156,8 +204,10 @@ static PyMemberDef thread_members[] = {
 
 static PyMemberDef step_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(StepRecord, field), 0, NULL},
-    VISIT_STEP(MEMBER)
+    MEMBER(attributes) MEMBER(error) MEMBER(kind) MEMBER(outer) MEMBER(rank) MEMBER(requests) MEMBER(stages)
+    MEMBER(thread)
 #undef MEMBER
+    {"capture", T_OBJECT_EX, offsetof(StepRecord, capture), READONLY, NULL},
     {"closed_ns", T_LONGLONG, offsetof(StepRecord, closed_ns), 0, NULL},
     {"number", T_LONGLONG, offsetof(StepRecord, number), 0, NULL},
     {"opened_ns", T_LONGLONG, offsetof(StepRecord, opened_ns), 0, NULL},
@@ -168,8 +218,10 @@ static PyMemberDef step_members[] = {
 
 static PyMemberDef stage_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(StageRecord, field), 0, NULL},
-    VISIT_STAGE(MEMBER)
+    MEMBER(attributes) MEMBER(device_ns) MEMBER(duration_ns) MEMBER(error) MEMBER(name) MEMBER(pair) MEMBER(step)
+    MEMBER(stream)
 #undef MEMBER
+    {"capture", T_OBJECT_EX, offsetof(StageRecord, capture), READONLY, NULL},
     {"entered_ns", T_LONGLONG, offsetof(StageRecord, entered_ns), 0, NULL},
     {"exited_ns", T_LONGLONG, offsetof(StageRecord, exited_ns), 0, NULL},
     {NULL},
@@ -291,35 +343,57 @@ static int allow(PyObject *limiter, PyObject *kind)
     return is;
 }
 
-/* Ids of a step that lies in nothing, in `step->ids`; by way of Python where there may be a span of the program's. */
+/* Ids of a step that lies in nothing; by way of Python where there may be a span of the program's. */
 static int choose(StepRecord *step)
 {
+    CaptureRecord *capture = (CaptureRecord *)step->capture;
     PyObject *modules = PyImport_GetModuleDict(); /* borrowed */
-    int roots = flag(step->capture, str_root_traces);
-    if (roots < 0)
-        return -1;
-    if (!ABSENT(step->outer) || !roots || PyDict_Contains(modules, str_opentelemetry) != 0) {
+    if (!ABSENT(step->outer) || !capture->root_traces || PyDict_Contains(modules, str_opentelemetry) != 0) {
         PyObject *ids = PyErr_Occurred() ? NULL : PyObject_CallMethodNoArgs((PyObject *)step, str_choose);
         if (ids == NULL)
             return -1;
         GIVE(step->ids, ids);
         return 0;
     }
-    PyObject *limiter = PyObject_GetAttr(step->capture, str_limiter);
-    int kept = limiter == NULL ? -1 : allow(limiter, step->kind);
-    Py_XDECREF(limiter);
+    int kept = allow(capture->limiter, step->kind);
     if (kept < 0)
         return -1;
     unsigned long long bytes[3] = {next_random(), next_random(), next_random()};
-    PyObject *fields = Py_BuildValue("((y#y#y#O))", (char *)bytes, (Py_ssize_t)16, (char *)(bytes + 2), (Py_ssize_t)8,
-                                     "", (Py_ssize_t)0, kept ? Py_True : Py_False);
-    PyObject *ids = fields == NULL ? NULL : PyTuple_Type.tp_new(Ids, fields, NULL);
-    Py_XDECREF(fields);
-    if (ids == NULL)
-        return -1;
-    GIVE(step->ids, ids);
+    memcpy(step->new_ids, bytes, sizeof step->new_ids);
+    step->kept = (char)kept;
+    step->chosen = 1;
     return 0;
 }
+
+/* The ids as a tuple, made when somebody asks. */
+static PyObject *step_get_ids(StepRecord *self, void *closure)
+{
+    if (self->chosen) {
+        PyObject *fields = Py_BuildValue("((y#y#y#O))", self->new_ids, (Py_ssize_t)16, self->new_ids + 16,
+                                         (Py_ssize_t)8, "", (Py_ssize_t)0, self->kept ? Py_True : Py_False);
+        PyObject *ids = fields == NULL ? NULL : PyTuple_Type.tp_new(Ids, fields, NULL);
+        Py_XDECREF(fields);
+        if (ids == NULL)
+            return NULL;
+        self->chosen = 0;
+        GIVE(self->ids, ids);
+    }
+    PyObject *ids = self->ids == NULL ? Py_None : self->ids;
+    return Py_NewRef(ids);
+}
+
+static int step_set_ids(StepRecord *self, PyObject *ids, void *closure)
+{
+    self->chosen = 0;
+    Py_XINCREF(ids);
+    GIVE(self->ids, ids);
+    return 0;
+}
+
+static PyGetSetDef step_attributes[] = {
+    {"ids", (getter)step_get_ids, (setter)step_set_ids, NULL, NULL},
+    {NULL},
+};
 
 /* Where the step lies; 0 if it is left out. By way of Python where it lies in another, or where the device is open. */
 static int find_place(StepRecord *self)
@@ -329,10 +403,7 @@ static int find_place(StepRecord *self)
         return -1;
     int simple = around == Py_None;
     GIVE(self->outer, around);
-    int settled = simple ? flag(self->capture, str_open_question) : 1;
-    if (settled < 0)
-        return -1;
-    if (!simple || settled) {
+    if (!simple || ((CaptureRecord *)self->capture)->device_is_open_question) {
         PyObject *place = PyObject_CallMethodNoArgs((PyObject *)self, str_find_place);
         int found = place == NULL ? -1 : PyObject_IsTrue(place);
         Py_XDECREF(place);
@@ -361,25 +432,38 @@ static int list_open(StepRecord *self, int open)
     return failed ? -1 : 0;
 }
 
+/* The calling thread's record: what `capture.local.thread` gives, and who was asked last is remembered. As long as a
+   thread runs and its capture is there, so is the record. A new reference; NULL with an error. */
+static PyObject *find_thread(CaptureRecord *capture)
+{
+    static __thread unsigned long long last;
+    static __thread PyObject *thread;
+    if (last == capture->serial)
+        return Py_NewRef(thread);
+    PyObject *found = PyObject_GetAttr(capture->local, str_thread);
+    if (found != NULL && !PyObject_TypeCheck(found, &ThreadRecord_Type)) {
+        PyErr_SetString(PyExc_TypeError, "not a thread");
+        Py_CLEAR(found);
+    }
+    if (found != NULL) {
+        last = capture->serial;
+        thread = found;
+    }
+    return found;
+}
+
 static int begin_step(StepRecord *self)
 {
+    CaptureRecord *capture = (CaptureRecord *)self->capture;
     int place = find_place(self);
     if (place < 1)
         return place;
-    PyObject *local = PyObject_GetAttr(self->capture, str_local);
-    PyObject *thread = local == NULL ? NULL : PyObject_GetAttr(local, str_thread);
-    Py_XDECREF(local);
+    PyObject *thread = find_thread(capture);
     if (thread == NULL)
         return -1;
     GIVE(self->thread, thread);
-    if (!PyObject_TypeCheck(thread, &ThreadRecord_Type)) {
-        PyErr_SetString(PyExc_TypeError, "not a thread");
-        return -1;
-    }
     if (!self->number) {
-        PyObject *numbers = PyObject_GetAttr(self->capture, str_step_numbers);
-        PyObject *number = numbers == NULL ? NULL : PyIter_Next(numbers);
-        Py_XDECREF(numbers);
+        PyObject *number = PyIter_Next(capture->step_numbers);
         if (number == NULL)
             return -1;
         self->number = PyLong_AsLongLong(number);
@@ -424,17 +508,17 @@ static int close_step(StepRecord *self, PyObject *error)
     Py_DECREF(current);
     if (is_current && set_open(self->outer) < 0)
         return -1;
-    PyObject *appended = PyObject_CallMethodOneArg(thread->pending, str_append, (PyObject *)self);
+    PyObject *arguments[] = {thread->pending, (PyObject *)self};
+    PyObject *appended = PyObject_Vectorcall(append, arguments, 2, NULL);
     Py_XDECREF(appended);
     if (appended == NULL || list_open(self, 0) < 0)
         return -1;
     /* What `Recorder.step_closed` does when nothing is due. */
     Py_ssize_t waiting = PyObject_Length(thread->pending);
-    int running = waiting < 0 ? -1 : flag(self->capture, str_running);
-    if (running < 0)
+    if (waiting < 0)
         return -1;
-    if (running && waiting < batch_steps && (waiting == 1 || closed_ns - thread->waiting_since_ns <= batch_ns)) {
-        thread->boundaries++;
+    int running = ((CaptureRecord *)self->capture)->running;
+    if (running && waiting < batch_steps) {
         if (waiting == 1)
             thread->waiting_since_ns = closed_ns;
         return 0;
@@ -593,20 +677,14 @@ static PyObject *find_step(StageRecord *self)
 }
 
 /* The current stream. A new reference; NULL with an error. */
-static PyObject *find_stream(PyObject *capture)
+static PyObject *find_stream(CaptureRecord *capture)
 {
-    PyObject *stream = NULL, *key = NULL;
-    PyObject *streams = PyObject_GetAttr(capture, str_streams);
-    PyObject *look_up = streams == NULL ? NULL : PyObject_GetAttr(capture, str_current_stream_key);
-    if (look_up != NULL && (key = PyObject_CallNoArgs(look_up)) != NULL) {
-        stream = PyDict_GetItemWithError(streams, key);
-        Py_XINCREF(stream);
-    }
+    PyObject *key = PyObject_CallNoArgs(capture->current_stream_key);
+    PyObject *stream = key == NULL ? NULL : PyDict_GetItemWithError(capture->streams, key);
+    Py_XINCREF(stream);
     Py_XDECREF(key);
-    Py_XDECREF(look_up);
-    Py_XDECREF(streams);
     if (stream == NULL && !PyErr_Occurred())
-        stream = PyObject_CallMethodNoArgs(capture, str_stream);
+        stream = PyObject_CallMethodNoArgs((PyObject *)capture, str_stream);
     return stream;
 }
 
@@ -646,7 +724,7 @@ static int enter(StageRecord *self, PyObject **pair)
         Py_XDECREF(step);
         return step == NULL ? -1 : 0;
     }
-    PyObject *stream = find_stream(self->capture);
+    PyObject *stream = find_stream((CaptureRecord *)self->capture);
     int side = stream == NULL ? -1 : flag(stream, str_side);
     if (side < 0 || (*pair = find_pair(self, step, stream)) == NULL)
         goto failed;
@@ -744,6 +822,18 @@ static PyMethodDef stage_methods[] = {
     {NULL},
 };
 
+static PyTypeObject CaptureRecord_Type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "otel_npu._native.CaptureRecord",
+    .tp_basicsize = sizeof(CaptureRecord),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = capture_new,
+    .tp_dealloc = (destructor)capture_dealloc,
+    .tp_traverse = (traverseproc)capture_traverse,
+    .tp_clear = (inquiry)capture_clear,
+    .tp_members = capture_members,
+};
+
 static PyTypeObject ThreadRecord_Type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "otel_npu._native.ThreadRecord",
@@ -766,6 +856,7 @@ static PyTypeObject StepRecord_Type = {
     .tp_traverse = (traverseproc)step_traverse,
     .tp_clear = (inquiry)step_clear,
     .tp_members = step_members,
+    .tp_getset = step_attributes,
     .tp_methods = step_methods,
 };
 
@@ -782,32 +873,176 @@ static PyTypeObject StageRecord_Type = {
     .tp_methods = stage_methods,
 };
 
-static PyObject *new_stage(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static int is_class(PyObject *object, PyTypeObject *of)
 {
-    if (count != 4 || !PyType_Check(args[0]) || !PyType_IsSubtype((PyTypeObject *)args[0], &StageRecord_Type)) {
-        PyErr_SetString(PyExc_TypeError, "new_stage() takes a class of stages, a capture, a name and attributes");
+    return PyType_Check(object) && PyType_IsSubtype((PyTypeObject *)object, of);
+}
+
+static StepRecord *make_step(PyTypeObject *of, PyObject *capture, PyObject *kind, PyObject *requests, PyObject *attributes)
+{
+    StepRecord *step = (StepRecord *)of->tp_alloc(of, 0);
+    if (step == NULL)
+        return NULL;
+    step->capture = Py_NewRef(capture);
+    step->kind = Py_NewRef(kind);
+    step->requests = Py_NewRef(requests);
+    step->attributes = Py_NewRef(attributes);
+    step->rank = Py_NewRef(no_rank);
+    step->closed_ns = -1;
+    step->error = Py_NewRef(Py_None);
+    step->outer = Py_NewRef(Py_None);
+    step->stages = PyList_New(0);
+    if (step->stages == NULL)
+        Py_CLEAR(step);
+    return step;
+}
+
+static PyObject *new_step(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count < 5 || count > 8 || !is_class(args[0], &StepRecord_Type) ||
+        !PyObject_TypeCheck(args[1], &CaptureRecord_Type)) {
+        PyErr_SetString(PyExc_TypeError, "new_step() takes a class of steps, a capture, and what it says of the step");
         return NULL;
     }
-    PyTypeObject *type = (PyTypeObject *)args[0];
-    StageRecord *stage = (StageRecord *)type->tp_alloc(type, 0);
+    long long number = count > 7 ? PyLong_AsLongLong(args[7]) : 0;
+    if (number == -1 && PyErr_Occurred())
+        return NULL;
+    StepRecord *step = make_step((PyTypeObject *)args[0], args[1], args[2], args[3], args[4]);
+    if (step == NULL)
+        return NULL;
+    step->number = number;
+    if (count > 5)
+        step->ids = Py_NewRef(args[5]);
+    if (count > 6)
+        GIVE(step->rank, Py_NewRef(args[6]));
+    return (PyObject *)step;
+}
+
+static PyObject *make_stage(PyTypeObject *of, PyObject *capture, PyObject *name, PyObject *attributes)
+{
+    StageRecord *stage = (StageRecord *)of->tp_alloc(of, 0);
     if (stage == NULL)
         return NULL;
-    Py_INCREF(args[1]);
-    stage->capture = args[1];
-    Py_INCREF(args[2]);
-    stage->name = args[2];
-    Py_INCREF(args[3]);
-    stage->attributes = args[3];
-    Py_INCREF(Py_None);
-    stage->step = Py_None;
+    stage->capture = Py_NewRef(capture);
+    stage->name = Py_NewRef(name);
+    stage->attributes = Py_NewRef(attributes);
+    stage->step = Py_NewRef(Py_None);
     return (PyObject *)stage;
 }
 
-/* Packing: steps as msgpack, in the form of `frames.Steps`. */
+static PyObject *new_stage(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 4 || !is_class(args[0], &StageRecord_Type) || !PyObject_TypeCheck(args[1], &CaptureRecord_Type)) {
+        PyErr_SetString(PyExc_TypeError, "new_stage() takes a class of stages, a capture, a name and attributes");
+        return NULL;
+    }
+    return make_stage((PyTypeObject *)args[0], args[1], args[2], args[3]);
+}
+
+/* `stage()` and `step()` of `capture/switch.py`, as far as they are called with a name alone while tracing is on, or
+   while it is off with a name that is known; else the function in Python is called. */
+
+static struct {
+    PyObject *globals, *off_stages, *no_requests;
+    PyTypeObject *Stage, *Step;
+    PyObject *stage, *step;
+} front;
+
+/* What captures, borrowed, or NULL. */
+static PyObject *capturing(void)
+{
+    PyObject *recorder = PyDict_GetItemWithError(front.globals, str_recorder);
+    return recorder != NULL && PyObject_TypeCheck(recorder, &CaptureRecord_Type) ? recorder : NULL;
+}
+
+static PyObject *front_stage(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    if (count == 1 && keywords == NULL && PyUnicode_CheckExact(args[0])) {
+        PyObject *capture = capturing();
+        if (capture != NULL) {
+            PyObject *attributes = PyDict_New();
+            PyObject *stage = attributes == NULL ? NULL : make_stage(front.Stage, capture, args[0], attributes);
+            Py_XDECREF(attributes);
+            return stage;
+        }
+        PyObject *off = PyErr_Occurred() ? NULL : PyDict_GetItemWithError(front.off_stages, args[0]);
+        if (off != NULL)
+            return Py_NewRef(off);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    return PyObject_Vectorcall(front.stage, args, count, keywords);
+}
+
+static PyObject *front_step(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    PyObject *capture = count == 1 && keywords == NULL ? capturing() : NULL;
+    if (capture == NULL)
+        return PyErr_Occurred() ? NULL : PyObject_Vectorcall(front.step, args, count, keywords);
+    StepRecord *step = make_step(front.Step, capture, args[0], front.no_requests, Py_None);
+    Handle *handle = step == NULL ? NULL : (Handle *)Handle_Type.tp_alloc(&Handle_Type, 0);
+    if (handle == NULL)
+        Py_XDECREF(step);
+    else
+        handle->step = (PyObject *)step;
+    return (PyObject *)handle;
+}
+
+/* A function of ours with the name, the signature and the text of the one in Python that it goes before. */
+static PyObject *stand_before(PyObject *function, PyMethodDef *definition, const char *signature, PyObject *module)
+{
+    PyObject *text = PyObject_GetAttrString(function, "__doc__");
+    const char *said = text == NULL || text == Py_None ? "" : PyUnicode_AsUTF8(text);
+    char *whole = said == NULL ? NULL : PyMem_Malloc(strlen(signature) + strlen(said) + 1);
+    if (whole != NULL) {
+        definition->ml_doc = strcat(strcpy(whole, signature), said); /* as long as the process */
+        definition->ml_flags = METH_FASTCALL | METH_KEYWORDS;
+    }
+    Py_XDECREF(text);
+    if (whole == NULL)
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    return PyCFunction_NewEx(definition, NULL, module);
+}
+
+static PyObject *stand_in_front(PyObject *module, PyObject *args)
+{
+    static PyMethodDef definitions[] = {
+        {"stage", (PyCFunction)(void (*)(void))front_stage, METH_FASTCALL | METH_KEYWORDS, NULL},
+        {"step", (PyCFunction)(void (*)(void))front_step, METH_FASTCALL | METH_KEYWORDS, NULL},
+    };
+    PyObject *globals, *off_stages, *Stage, *Step, *stage, *step, *name;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!OOO", &PyDict_Type, &globals, &PyDict_Type, &off_stages, &PyType_Type, &Stage,
+                          &PyType_Type, &Step, &stage, &step, &name))
+        return NULL;
+    if (!is_class(Stage, &StageRecord_Type) || !is_class(Step, &StepRecord_Type)) {
+        PyErr_SetString(PyExc_TypeError, "not the classes of stages and of steps");
+        return NULL;
+    }
+    GIVE(front.globals, Py_NewRef(globals));
+    GIVE(front.off_stages, Py_NewRef(off_stages));
+    GIVE(front.no_requests, PyTuple_New(0));
+    GIVE(front.stage, Py_NewRef(stage));
+    GIVE(front.step, Py_NewRef(step));
+    front.Stage = (PyTypeObject *)Py_NewRef(Stage);
+    front.Step = (PyTypeObject *)Py_NewRef(Step);
+    PyObject *of_stage = stand_before(stage, definitions, "stage($module, name, /, **attributes)\n--\n\n", name);
+    PyObject *of_step = stand_before(
+        step, definitions + 1, "step($module, kind='', /, *, requests=(), **attributes)\n--\n\n", name);
+    return of_stage == NULL || of_step == NULL ? NULL : Py_BuildValue("NN", of_stage, of_step);
+}
+
+/* Packing: steps as msgpack, in the form of `frames.Several`. */
+
+#define MAX_ONCE 16
 
 typedef struct {
     char *bytes;
     Py_ssize_t length, room;
+    int known; /* attributes that are in it already: many steps say the same of themselves and of their stages */
+    struct {
+        PyObject *object;
+        Py_ssize_t at, length;
+    } once[MAX_ONCE];
 } Packet;
 
 static char *make_room(Packet *packet, Py_ssize_t more)
@@ -942,6 +1177,29 @@ static int put_other(Packet *packet, PyObject *object, PyObject *encode)
     return put;
 }
 
+/* Attributes, encoded once a packet where many have the same ones. */
+static int put_attributes(Packet *packet, PyObject *object, PyObject *encode)
+{
+    for (int index = 0; index < packet->known; index++)
+        if (packet->once[index].object == object) {
+            Py_ssize_t at = packet->once[index].at, length = packet->once[index].length;
+            char *room = make_room(packet, length);
+            if (room == NULL)
+                return -1;
+            memcpy(room, packet->bytes + at, length);
+            return 0;
+        }
+    Py_ssize_t at = packet->length;
+    if (put_other(packet, object, encode) < 0)
+        return -1;
+    if (packet->known < MAX_ONCE && packet->length - at > 1) {
+        packet->once[packet->known].object = Py_NewRef(object);
+        packet->once[packet->known].at = at;
+        packet->once[packet->known++].length = packet->length - at;
+    }
+    return 0;
+}
+
 static int put_attribute(Packet *packet, PyObject *object, PyObject *name)
 {
     PyObject *value = PyObject_GetAttr(object, name);
@@ -965,14 +1223,21 @@ static int put_stage(Packet *packet, PyObject *object, PyObject *text, PyObject 
                                                : put_int_object(packet, stage->duration_ns)) < 0 ||
                    put_attribute(packet, stage->stream, str_device_index) < 0 ||
                    put_attribute(packet, stage->stream, str_stream_id) < 0 ||
-                   put_error(packet, stage->error, text) < 0 || put_other(packet, stage->attributes, encode) < 0
+                   put_error(packet, stage->error, text) < 0 || put_attributes(packet, stage->attributes, encode) < 0
                ? -1
                : 0;
 }
 
 /* Ids as they are in a tuple, before the flag that says whether they are kept; absent ones as empty bytes. */
-static int put_ids(Packet *packet, PyObject *ids)
+static int put_ids(Packet *packet, StepRecord *step)
 {
+    PyObject *ids = step->ids;
+    if (step->chosen) {
+        char bytes[] = "\xc4\x10................\xc4\x08........\xc4\0";
+        memcpy(bytes + 2, step->new_ids, 16);
+        memcpy(bytes + 20, step->new_ids + 16, 8);
+        return put_raw(packet, bytes, 30);
+    }
     if (ABSENT(ids))
         return put_raw(packet, "\xc4\0\xc4\0\xc4\0", 6);
     if (!PyTuple_Check(ids) || PyTuple_GET_SIZE(ids) != 4) {
@@ -999,7 +1264,8 @@ static int put_rank(Packet *packet, PyObject *rank)
 /* The spans that a step is linked to: worked out in Python, where there are any. */
 static int put_links(Packet *packet, StepRecord *step, PyObject *links_of, PyObject *encode)
 {
-    int any = ABSENT(step->requests) || ABSENT(step->ids) ? 0 : PyObject_IsTrue(step->requests);
+    int there = !ABSENT(step->requests) && (step->chosen || !ABSENT(step->ids));
+    int any = there ? PyObject_IsTrue(step->requests) : 0;
     if (any < 1)
         return any < 0 ? -1 : put_array(packet, 0);
     PyObject *links = PyObject_CallOneArg(links_of, (PyObject *)step);
@@ -1013,12 +1279,11 @@ static int put_links(Packet *packet, StepRecord *step, PyObject *links_of, PyObj
 static int put_step(Packet *packet, StepRecord *step, long long seen_ns, PyObject *dropped, PyObject *text,
                     PyObject *encode, PyObject *links_of)
 {
-    if (put_big_endian(packet, 0xdc, 18, 2) < 0 || put_raw(packet, "\xa4step", 5) < 0 ||
-        put_ids(packet, step->ids) < 0 || put_byte(packet, step->bare ? 0xc3 : 0xc2) < 0 ||
+    if (put_big_endian(packet, 0xdc, 18, 2) < 0 || put_raw(packet, "\xa4step", 5) < 0 || put_ids(packet, step) < 0 || put_byte(packet, step->bare ? 0xc3 : 0xc2) < 0 ||
         put_rank(packet, step->rank) < 0 || put_int(packet, step->number) < 0 ||
         put_text(packet, step->kind, text) < 0 || put_int(packet, step->opened_ns) < 0 ||
         put_int(packet, step->closed_ns) < 0 || put_int(packet, seen_ns) < 0 ||
-        put_error(packet, step->error, text) < 0 || put_other(packet, step->attributes, encode) < 0 ||
+        put_error(packet, step->error, text) < 0 || put_attributes(packet, step->attributes, encode) < 0 ||
         put_links(packet, step, links_of, encode) < 0)
         return -1;
     int dropped_some = dropped == NULL ? 0 : PyObject_IsTrue(dropped);
@@ -1040,7 +1305,7 @@ static int put_step(Packet *packet, StepRecord *step, long long seen_ns, PyObjec
         if (put < 0)
             return -1;
     }
-    int kept = !ABSENT(step->ids) && PyTuple_GET_ITEM(step->ids, 3) == Py_True;
+    int kept = step->chosen ? step->kept : !ABSENT(step->ids) && PyTuple_GET_ITEM(step->ids, 3) == Py_True;
     return put_byte(packet, kept ? 0xc3 : 0xc2);
 }
 
@@ -1050,10 +1315,10 @@ static PyObject *pack(PyObject *module, PyObject *args)
     long long seen_ns;
     if (!PyArg_ParseTuple(args, "O!LOOOO", &PyList_Type, &steps, &seen_ns, &dropped, &text, &encode, &links_of))
         return NULL;
-    Packet packet = {NULL, 0, 0};
+    Packet packet = {0};
     PyObject *packed = NULL;
     Py_ssize_t count = PyList_GET_SIZE(steps);
-    if (put_array(&packet, 2) < 0 || put_raw(&packet, "\xa5steps", 6) < 0 || put_array(&packet, count) < 0)
+    if (put_array(&packet, 2) < 0 || put_raw(&packet, "\xa7several", 8) < 0 || put_array(&packet, count) < 0)
         goto done;
     for (Py_ssize_t index = 0; index < count && index < PyList_GET_SIZE(steps); index++) {
         PyObject *step = PyList_GET_ITEM(steps, index);
@@ -1066,6 +1331,8 @@ static PyObject *pack(PyObject *module, PyObject *args)
     }
     packed = PyBytes_FromStringAndSize(packet.bytes, packet.length);
 done:
+    while (packet.known)
+        Py_DECREF(packet.once[--packet.known].object);
     PyMem_Free(packet.bytes);
     return packed;
 }
@@ -1138,13 +1405,14 @@ static PyObject *read_events(PyObject *module, PyObject *args)
 
 static PyObject *use(PyObject *module, PyObject *args)
 {
-    PyObject *variable, *ids;
-    if (!PyArg_ParseTuple(args, "O!O!LL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &batch_steps, &batch_ns))
+    PyObject *variable, *ids, *rank;
+    if (!PyArg_ParseTuple(args, "O!O!OLL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &batch_steps,
+                          &batch_ns))
         return NULL;
-    Py_INCREF(variable);
-    GIVE(open_step, variable);
+    GIVE(open_step, Py_NewRef(variable));
     Py_INCREF(ids);
     Py_XSETREF(Ids, (PyTypeObject *)ids);
+    GIVE(no_rank, Py_NewRef(rank));
     Py_RETURN_NONE;
 }
 
@@ -1160,12 +1428,14 @@ static PyObject *use_clock(PyObject *module, PyObject *clock)
 }
 
 static PyMethodDef functions[] = {
+    {"stand_in_front", stand_in_front, METH_VARARGS, "The functions that go before `stage` and `step` in Python."},
+    {"new_step", (PyCFunction)(void (*)(void))new_step, METH_FASTCALL, "A step to be opened."},
     {"new_stage", (PyCFunction)(void (*)(void))new_stage, METH_FASTCALL, "A stage to be entered."},
     {"pack", pack, METH_VARARGS, "Steps as one packet."},
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
     {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
     {"seed", seed, METH_O, "Begin the random numbers anew, from 32 bytes."},
-    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, and how many steps or ns make a batch."},
+    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, and how many steps or ns make a batch."},
     {"use_clock", use_clock, METH_O, "A clock in the place of the host's, for tests; None for the host's."},
     {NULL},
 };
@@ -1183,8 +1453,15 @@ PyMODINIT_FUNC PyInit__native(void)
     if ((str_##name = PyUnicode_InternFromString(text)) == NULL) \
         return NULL;
     NAMES(INTERN)
+    PyObject *collections = PyImport_ImportModule("collections");
+    PyObject *deque = collections == NULL ? NULL : PyObject_GetAttrString(collections, "deque");
+    append = deque == NULL ? NULL : PyObject_GetAttrString(deque, "append");
+    Py_XDECREF(collections);
+    Py_XDECREF(deque);
+    if (append == NULL)
+        return NULL;
     PyObject *module = PyModule_Create(&definition);
-    if (module == NULL || PyModule_AddType(module, &Handle_Type) < 0 || PyModule_AddType(module, &StageRecord_Type) < 0 ||
+    if (module == NULL || PyModule_AddType(module, &CaptureRecord_Type) < 0 || PyModule_AddType(module, &Handle_Type) < 0 || PyModule_AddType(module, &StageRecord_Type) < 0 ||
         PyModule_AddType(module, &StepRecord_Type) < 0 || PyModule_AddType(module, &ThreadRecord_Type) < 0) {
         Py_XDECREF(module);
         return NULL;

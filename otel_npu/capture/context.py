@@ -39,6 +39,16 @@ class Ids(NamedTuple):
 
 NO_IDS: Final = Ids(b"", b"", b"", kept=False)
 
+
+class Rank(NamedTuple):
+    """Which of an engine's workers a step ran on, and whether that one's output is what the engine waits for."""
+
+    number: int
+    returns_output: bool
+
+
+NO_RANK: Final[Rank] = Rank(-1, returns_output=False)
+
 # Of our own: a model's `random.seed()` must not repeat the ids. Not os.urandom() for each: it gives the GIL away, and
 # in an engine another thread then takes it and keeps the scheduler waiting, for 150 us a step.
 _random: Final = random.Random(os.urandom(32))  # noqa: S311

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu.capture import hang
+from otel_npu.capture.records import BATCH_NS
 from otel_npu.capture.resolver import give_up
 from otel_npu.drops import REPORT_SECONDS
 from otel_npu.wire import frames
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
-IDLE_SECONDS: Final = 0.02
+IDLE_SECONDS: Final = 0.03
+"""Between two looks. With `_OVERDUE_NS` no closed step waits for longer than 100 ms, if its device is done."""
 OFF_SECONDS: Final = 0.2
 """The same while capture is switched off: it costs what there is to do."""
 WATCH_SECONDS: Final = 1.0
 _STEPS_PER_TICK: Final = 64
+_OVERDUE_NS: Final = BATCH_NS
+"""A thread that closes steps at all often resolves them itself, when the oldest has waited for `BATCH_NS`."""
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
 _PING_BUDGET_NS: Final = 100_000
 
@@ -47,7 +52,6 @@ class IdleThread:
         self._link = link
         self.flushing = False
         """Whether somebody waits for all that is closed to be resolved."""
-        self._boundaries: dict[Thread, int] = {}
         self._pinged = 0
         """How many devices have been pinged."""
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
@@ -101,11 +105,11 @@ class IdleThread:
         return capture.on or self.flushing or any(thread.pending or thread.open for thread in list(capture.threads))
 
     def resolve(self) -> None:
-        """Resolve for the threads that closed no step since the last time; to flush, for all."""
+        """Resolve for the threads that have closed no step since the oldest was due; to flush, for all."""
+        overdue_ns = perf_counter_ns() - _OVERDUE_NS
         for thread in list(self._capture.threads):
-            if thread.pending and (self.flushing or self._boundaries.get(thread) == thread.boundaries):
+            if thread.pending and (self.flushing or thread.waiting_since_ns <= overdue_ns):
                 self.resolve_for(thread)
-            self._boundaries[thread] = thread.boundaries
 
     def resolve_for(self, thread: Thread) -> None:
         """Resolve for this thread, unless it is being resolved."""
@@ -132,7 +136,6 @@ class IdleThread:
             self._look_after(thread)
             if not thread.alive and not thread.open and not thread.pending:
                 threads.remove(thread)
-                self._boundaries.pop(thread, None)
         for pool in list(self._capture.device.pools.values()):
             pool.reclaim()
         if time.monotonic() >= self._next_drop_line:
@@ -145,13 +148,13 @@ class IdleThread:
         try:
             self._adopt_thread_for(thread)
             for key, step in list(thread.open.items()):
-                if 0 < step.closed_ns < time.perf_counter_ns() - _CLOSING_NS:  # a signal handler raised in its close
+                if 0 < step.closed_ns < perf_counter_ns() - _CLOSING_NS:  # a signal handler raised in its close
                     del thread.open[key]
                     if step not in thread.pending:
                         thread.pending.append(step)
                 elif not thread.alive:  # nobody closes it any more, and others want its events
                     self._capture.drops.add(semconv.INTERRUPTED)
-                    step.closed_ns = time.perf_counter_ns()
+                    step.closed_ns = perf_counter_ns()
                     give_up(step, self._capture.drops)
                     del thread.open[key]
             hang.watch(thread, self._capture.settings, self._capture.drops, self._send)

@@ -13,16 +13,16 @@ import weakref
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from otel_npu.capture.context import NO_IDS, open_step
+from otel_npu.capture.context import NO_IDS, NO_RANK, open_step
 from otel_npu.wire.frames import MAX_STAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from otel_npu.capture.context import Ids
+    from otel_npu.capture.context import Ids, Limiter, Rank
 
 NOT_OPENED: Final = -1
 BATCH_STEPS: Final = 8
@@ -31,8 +31,45 @@ BATCH_STEPS: Final = 8
 BATCH_NS: Final = 50_000_000
 
 _S = TypeVar("_S", bound="StageRecord")
+_T = TypeVar("_T", bound="StepRecord")
 
 _new = object.__new__
+
+
+class CaptureRecord:
+    """What a step and a stage need to know of the process that they are in.
+
+    Attributes:
+        current_stream_key: Gives what `streams` knows the calling thread's current stream by.
+        device_is_open_question: Whether it is yet to be seen on which device the program works.
+        limiter: How many steps a second may begin traces.
+        local: Its `thread` is the calling thread's record.
+        root_traces: Whether steps in no span begin traces at all.
+        running: Whether steps are resolved still.
+        step_numbers: The numbers of steps to come.
+        streams: Those that were seen.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "current_stream_key",
+        "device_is_open_question",
+        "limiter",
+        "local",
+        "root_traces",
+        "running",
+        "step_numbers",
+        "streams",
+    )
+
+    current_stream_key: Callable[[], Any]
+    device_is_open_question: bool
+    limiter: Limiter
+    local: Any
+    root_traces: bool
+    running: bool
+    step_numbers: Iterator[int]
+    streams: dict[Any, Any]
 
 
 class ThreadRecord:
@@ -43,15 +80,13 @@ class ThreadRecord:
         open: Those that are open, by identity.
         pending: Those that are closed and wait for the device, oldest first.
         waiting_since_ns: When the oldest of them was closed, or one before it.
-        boundaries: How many have been closed: while that moves, the idle thread leaves the resolving to this one.
         lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
             handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
         busy: Whether they are being resolved.
     """
 
-    __slots__ = ("boundaries", "busy", "lock", "open", "pending", "thread", "waiting_since_ns")
+    __slots__ = ("busy", "lock", "open", "pending", "thread", "waiting_since_ns")
 
-    boundaries: int
     busy: bool
     lock: Any
     open: dict[int, Any]
@@ -323,6 +358,46 @@ class StageRecord:
         raise NotImplementedError
 
 
+def new_step(
+    of: type[_T],
+    capture: Any,
+    kind: str,
+    requests: tuple[Any, ...],
+    attributes: dict[str, Any] | None,
+    ids: Ids | None = None,
+    rank: Rank = NO_RANK,
+    number: int = 0,
+) -> _T:
+    """A step to be opened.
+
+    Args:
+        of: What it is to be.
+        capture: What it is captured by.
+        kind: What it does.
+        requests: What it is linked to.
+        attributes: What the program says of it.
+        ids: Chosen when it opens, unless they are given. Without a trace id it is no trace; by its parent it may be
+            part of an engine's step all the same.
+        rank: The worker's in its engine.
+        number: An engine's, so that it is the same on every rank; else one of this process is given to it.
+    """
+    step = _new(of)
+    step.capture = capture
+    step.kind = kind
+    step.requests = requests
+    step.attributes = attributes
+    step.bare = False
+    step.ids = ids
+    step.rank = rank
+    step.number = number
+    step.stages = []
+    step.closed_ns = NOT_OPENED
+    step.outer = None
+    step.error = None
+    step.hang_reported = False
+    return step
+
+
 def new_stage(of: type[_S], capture: Any, name: str, attributes: dict[str, Any]) -> _S:
     """A stage to be entered. Not by a constructor: without one it is made in two thirds of the time."""
     stage = _new(of)
@@ -341,7 +416,7 @@ def pack(
     encode: Callable[[object], bytes],
     links_of: Callable[[Any], list[bytes]],
 ) -> bytes:
-    """Steps as `frames.Steps`, each as `frames.Step` and its stages as `frames.Stage`, but for their nesting.
+    """Steps as `frames.Several`, each as `frames.Step` and its stages as `frames.Stage`, but for their nesting.
 
     Args:
         steps: What was resolved.
@@ -391,4 +466,4 @@ def pack(
                 kept,
             )
         )
-    return encode(("steps", packed))
+    return encode(("several", packed))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import announce, semconv
 from otel_npu.capture.idle import IdleThread
-from otel_npu.capture.records import BATCH_NS, BATCH_STEPS
+from otel_npu.capture.records import BATCH_STEPS
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.shared import MAX_PENDING, Capture
 from otel_npu.drops import Drops
@@ -24,6 +24,7 @@ from otel_npu.wire.link import RelayLink
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from otel_npu.capture.records import Rank
     from otel_npu.capture.shared import Thread
     from otel_npu.devices import Device
     from otel_npu.settings import Settings
@@ -58,6 +59,7 @@ class Recorder(Capture):
         self._channel = Channel(self._hello, self.drops)
         self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
         self._link = RelayLink(self._channel, settings, self.drops)
+        self._places: dict[int, frames.Attributes] = {}
         self._flushes = itertools.count(1)
         # Its thread may take it again: a signal handler may flush in the midst of a flush.
         self._flush_lock = threading.RLock()
@@ -72,7 +74,6 @@ class Recorder(Capture):
 
     def step_closed(self, thread: Thread, closed_ns: int) -> None:
         """A step boundary: what the device has finished is resolved, once there is enough of it."""
-        thread.boundaries += 1
         waiting = len(thread.pending)
         if not self.running:  # closed, or a forked child's parent's: nobody resolves or sends any more
             self._let_go(thread)
@@ -81,7 +82,7 @@ class Recorder(Capture):
             self._let_go(thread, MAX_PENDING)
         elif waiting == 1:
             thread.waiting_since_ns = closed_ns
-        elif waiting >= BATCH_STEPS or closed_ns - thread.waiting_since_ns > BATCH_NS:
+        elif waiting >= BATCH_STEPS:
             self.resolve(thread)
 
     def resolve(self, thread: Thread) -> None:
@@ -100,6 +101,15 @@ class Recorder(Capture):
     def send(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
         """Send a frame that comes from elsewhere than a step; `dropped` are the counts in it, if any."""
         self._channel.send(frames.encode(frame), dropped or {})
+
+    def defer(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
+        """Send a frame of which there is one a step, together with those of the next steps."""
+        self._channel.defer(frame, dropped or {})
+
+    def describe(self, rank: Rank, attributes: dict[str, frames.AttributeValue]) -> None:
+        """Say once what is true of all steps of a rank."""
+        self._places[rank.number] = attributes
+        self._channel.greet_again()
 
     def device_settled(self) -> None:
         """The relay is told, and looks at the device's clock begin."""
@@ -164,6 +174,7 @@ class Recorder(Capture):
         return self._lost > before
 
     def _resolved_and_sent(self) -> bool:
+        self._channel.send_deferred()
         self._channel.drain()
         # In this order: what is not pending any more may still be on its way.
         return (
@@ -218,6 +229,7 @@ class Recorder(Capture):
             device_resolution_ns=self.device.resolution_ns,
             slow_step=self.settings.slow_step,
             on=self.on,
+            places=self._places,
         )
 
     def _device_name(self) -> str:

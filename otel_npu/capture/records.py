@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.capture import context
+from otel_npu.capture.context import NO_RANK, Rank
 from otel_npu.capture.plain import BATCH_NS, BATCH_STEPS
 from otel_npu.native import native
 
 if TYPE_CHECKING or native is None:
-    from otel_npu.capture.plain import Handle, StageRecord, StepRecord, ThreadRecord, new_stage, pack
+    from otel_npu.capture.plain import (
+        CaptureRecord,
+        Handle,
+        StageRecord,
+        StepRecord,
+        ThreadRecord,
+        new_stage,
+        new_step,
+        pack,
+    )
 else:
-    Handle, StageRecord, StepRecord = native.Handle, native.StageRecord, native.StepRecord
-    ThreadRecord, new_stage, pack = native.ThreadRecord, native.new_stage, native.pack
-    native.use(context.open_step, context.Ids, BATCH_STEPS, BATCH_NS)
+    CaptureRecord, Handle, ThreadRecord = native.CaptureRecord, native.Handle, native.ThreadRecord
+    StageRecord, StepRecord = native.StageRecord, native.StepRecord
+    new_stage, new_step, pack = native.new_stage, native.new_step, native.pack
+    native.use(context.open_step, context.Ids, NO_RANK, BATCH_STEPS, BATCH_NS)
 
 __all__ = [
     "BATCH_NS",
     "BATCH_STEPS",
     "NO_RANK",
     "STAGE_FIELDS",
+    "CaptureRecord",
     "Handle",
     "Rank",
     "StageRecord",
@@ -28,6 +40,7 @@ __all__ = [
     "ThreadRecord",
     "abandoned",
     "new_stage",
+    "new_step",
     "pack",
 ]
 
@@ -42,16 +55,6 @@ STAGE_FIELDS: Final = (
     "pair",
     "stream",
 )
-
-
-class Rank(NamedTuple):
-    """Which of an engine's workers a step ran on, and whether that one's output is what the engine waits for."""
-
-    number: int
-    returns_output: bool
-
-
-NO_RANK: Final[Rank] = Rank(-1, returns_output=False)
 
 
 def abandoned(stages: list[Any], index: int) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import arguments, context
-from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.records import abandoned, pack
+from otel_npu.interrupts import from_outside
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:

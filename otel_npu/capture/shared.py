@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import devices, semconv
 from otel_npu.capture import context
-from otel_npu.capture.interrupts import from_outside
-from otel_npu.capture.records import ThreadRecord
+from otel_npu.capture.records import CaptureRecord, ThreadRecord
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool, Stream
 from otel_npu.drops import Drops
+from otel_npu.interrupts import from_outside
 
 if TYPE_CHECKING:
     from otel_npu.devices import Device
@@ -38,7 +38,6 @@ class Thread(ThreadRecord):
         self.open = {}
         self.pending = deque()
         self.waiting_since_ns = 0
-        self.boundaries = 0
         self.busy = False
         self.lock = threading.RLock()
 
@@ -57,7 +56,7 @@ class _Local(threading.local):
         threads.append(self.thread)
 
 
-class Capture:
+class Capture(CaptureRecord):
     """What stages and steps need of the process that they are in.
 
     Args:
@@ -102,7 +101,7 @@ class Capture:
 
     def use_device(self, device: Device) -> None:
         """Record on this device from now on."""
-        self.streams: dict[Any, Stream] = {}
+        self.streams = {}
         self.device: Device = device
         self.current_stream_key = device.current_stream_key
 

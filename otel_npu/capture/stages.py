@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from otel_npu import semconv
 from otel_npu.capture.context import open_step
 from otel_npu.capture.decorate import again, decorate
-from otel_npu.capture.interrupts import from_outside
-from otel_npu.capture.records import STAGE_FIELDS, StageRecord
+from otel_npu.capture.records import STAGE_FIELDS, StageRecord, new_step
 from otel_npu.capture.steps import Step, enclosing
 from otel_npu.devices.cpu import HOST_STREAM
+from otel_npu.interrupts import from_outside
 from otel_npu.wire.frames import MAX_STAGES
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Stage(StageRecord):
         """The step that is open here; where there is none, a stage is a step of its own."""
         step = None if around is None else enclosing(around, self.capture)
         if step is None:
-            step = Step(self.capture, self.name, bare=True)
+            step = new_step(Step, self.capture, self.name, (), None)
+            step.bare = True
             step.open()
         return step
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu.capture import context
 from otel_npu.capture.context import open_step
-from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.plain import NOT_OPENED
-from otel_npu.capture.records import NO_RANK, StepRecord, abandoned
+from otel_npu.capture.records import StepRecord, abandoned
+from otel_npu.interrupts import from_outside
 
 if TYPE_CHECKING:
-    from otel_npu.capture.records import Rank
     from otel_npu.capture.shared import Capture
 
 MAX_DEPTH: Final = 16  # of steps inside steps
@@ -25,34 +24,6 @@ class Step(StepRecord):
 
     capture: Capture
     outer: Step | None
-
-    def __init__(
-        self,
-        capture: Capture,
-        kind: str,
-        requests: tuple[Any, ...] = (),
-        attributes: dict[str, Any] | None = None,
-        *,
-        bare: bool = False,
-        ids: context.Ids | None = None,
-        rank: Rank = NO_RANK,
-        number: int = 0,
-    ) -> None:
-        self.capture = capture
-        self.kind = kind
-        self.requests = requests
-        self.attributes = attributes
-        self.bare = bare
-        # Given with the step, or else chosen when it opens. Without a trace id it is no trace; by its parent it may be
-        # part of an engine's step all the same.
-        self.ids = ids
-        self.rank = rank
-        self.number = number  # an engine's, so that it is the same on every rank; else of this process
-        self.stages = []
-        self.closed_ns = NOT_OPENED
-        self.outer = None
-        self.error = None
-        self.hang_reported = False
 
     def _open_again(self) -> None:
         self.capture.drops.add(semconv.REENTERED)

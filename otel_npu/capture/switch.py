@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import announce
 from otel_npu.capture import arguments
 from otel_npu.capture.decorate import maker
-from otel_npu.capture.interrupts import from_outside
 from otel_npu.capture.off import OffStage, OffStep
 from otel_npu.capture.recorder import EXIT_SECONDS, Recorder
-from otel_npu.capture.records import Handle, new_stage
+from otel_npu.capture.records import Handle, new_stage, new_step
 from otel_npu.capture.stages import Stage
 from otel_npu.capture.steps import Step
+from otel_npu.interrupts import from_outside
+from otel_npu.native import native
 from otel_npu.settings import Settings, SettingsError, sdk_disabled
 
 if TYPE_CHECKING:
@@ -82,9 +83,6 @@ def stage(name: str, /, **attributes: Any) -> AnyStage:
         return stage(arguments.text(name))
 
 
-maker.make = stage
-
-
 def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) -> Handle | OffStep:
     """A step of inference, to which the stages inside belong: a trace of its own, or part of the active one.
 
@@ -103,9 +101,8 @@ def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) 
     taken = arguments.requests(requests) if requests != () else ()
     recorder = _recorder
     if recorder is not None:
-        return Handle(
-            Step(recorder, kind, taken, arguments.attributes(attributes, recorder.drops) if attributes else None)
-        )
+        said = arguments.attributes(attributes, recorder.drops) if attributes else None
+        return Handle(new_step(Step, recorder, kind, taken, said))
     if not _decided and _decide():
         return step(kind, requests=taken, **attributes)
     return _OFF_STEP
@@ -319,4 +316,9 @@ def _after_fork_in_child() -> None:
     _closing.clear()
 
 
+if native is not None:
+    # The functions above, where they are called with a name alone: without an interpreter.
+    stage, step = native.stand_in_front(globals(), _off_stages, Stage, Step, stage, step, "otel_npu")
+
+maker.make = stage
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -78,8 +78,7 @@ def status(session: str | None, pid: int | None, *, json: bool) -> int:
 def _count(view: looking.Seen, steps: Counter[int], ranks: dict[int, int]) -> None:
     """Count the steps in a packet, and note whose they are."""
     try:
-        frame = frames.decode_frame(bytes(view.packet))
-        each = [frames.decode_step(raw) for raw in frame.steps] if isinstance(frame, frames.Steps) else [frame]
+        each = list(map(frames.decode_frame, frames.frames_in(view.packet)))
     except (msgspec.MsgspecError, ValueError):
         return
     for one in each:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -51,7 +52,7 @@ class Cpu:
 
     def __init__(self) -> None:
         self.pools: dict[int, Pool] = {}
-        self.current_stream = self.current_stream_key = lambda: HOST_STREAM
+        self.current_stream = self.current_stream_key = repeat(HOST_STREAM).__next__  # without an interpreter
 
     def new_event(self, _device_index: int) -> HostEvent:
         """An event on the host's clock."""

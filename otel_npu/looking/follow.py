@@ -53,14 +53,15 @@ class Follower:
         """One more packet."""
         client = self._clients.setdefault(seen.number, Client())
         try:
-            frame = frames.decode_frame(bytes(seen.packet))
-            if isinstance(frame, frames.Steps):
-                for raw in frame.steps:
-                    self._step(client, frames.decode_step(raw))
-            else:
-                self._handle(client, frame)
-        except (msgspec.MsgspecError, ValueError):
+            taken = frames.frames_in(seen.packet)
+        except msgspec.MsgspecError:
             self.unreadable += 1
+            return
+        for frame in taken:  # one that is bad costs no other
+            try:
+                self._handle(client, frames.decode_frame(frame))
+            except (msgspec.MsgspecError, ValueError):
+                self.unreadable += 1
 
     def waits_for(self, first_ns: int, last_ns: int) -> bool:
         """Whether a step of an engine that began between these instants of the host's monotonic clock is not over."""

@@ -7,6 +7,8 @@ import os
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import msgspec
+
 from otel_npu import drops, semconv
 from otel_npu.drops import Drops
 from otel_npu.relay.keeping import Keeping
@@ -117,6 +119,7 @@ class Assembler:
             join: Told of a step that is a rank's part of an engine's step; gives its spans if it is kept. `kept` makes
                 them, then or later.
         """
+        self._complete(step)
         self.timeline.learn(step)
         self.count_drops(step.dropped)
         idle_ns = self._bubbles.before(step) if step.rank >= 0 else None
@@ -135,6 +138,13 @@ class Assembler:
             lambda: [span for each, reason in taken for span in self._spans(each, reason)],
             gives_way=sum(len(each.step.stages) + 1 for each, _ in taken),
         )
+
+    def _complete(self, step: Step) -> None:
+        """Say of a step what is true of all of its rank."""
+        place = self.hello.places.get(step.rank)
+        if place is not None:
+            own = step.attributes
+            msgspec.structs.force_setattr(step, "attributes", {**place, **own} if own else place)
 
     def kept(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None = None) -> Sequence[ReadableSpan]:
         """The spans of a step that is kept for this reason, and what its engine says of it; they are made later."""

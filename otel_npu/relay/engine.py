@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from otel_npu import semconv
 from otel_npu.relay.verdicts import straggler
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from otel_npu.relay.verdicts import Straggler
     from otel_npu.wire.frames import Request, Scheduled, Stage, Updated
 
+_MAX_LISTED: Final = 16  # as many as a process has engines, and more
+
 
 class Engine:
     """The process of an engine: its requests by their numbers, and those of its steps that are not over."""
@@ -28,6 +32,21 @@ class Engine:
         """By span id, in the order of scheduling."""
         self.sends: dict[int, tuple[Request, int]] = {}
         """By number: requests that are over, but whose KV cache is not fetched yet, and since when."""
+        self._listed: dict[bytes, Scheduled] = {}
+        """By span id: the frames that listed their requests last, or were referred to."""
+
+    def fill_in(self, frame: Scheduled) -> None:
+        """Give a scheduling that refers to an earlier one for its requests those of that one, if it is known still."""
+        if not frame.like:
+            self._listed[frame.span_id] = frame
+            if len(self._listed) > _MAX_LISTED:
+                del self._listed[next(iter(self._listed))]
+            return
+        earlier = self._listed.pop(frame.like, None)
+        if earlier is not None:
+            self._listed[frame.like] = earlier
+            for name in ("requests", "tokens", "prefills"):
+                msgspec.structs.force_setattr(frame, name, getattr(earlier, name))
 
 
 class StepTimes:

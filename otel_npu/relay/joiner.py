@@ -105,6 +105,7 @@ class Joiner:
         if isinstance(frame, frames.Request):
             self._open(engine, frame)
         elif isinstance(frame, frames.Scheduled):
+            engine.fill_in(frame)
             assembler.count_drops(frame.dropped)
             if assembler.counted is not None:
                 assembler.counted.scheduled(frame)
@@ -235,6 +236,10 @@ class Joiner:
         for number, new_tokens in zip(frame.requests, frame.new_tokens, strict=True):
             if number in requests:
                 requests[number].output(span_id, new_tokens)
+        scheduled = engine.steps[span_id].scheduled if frame.each and span_id in engine.steps else None
+        for number in () if scheduled is None else scheduled.requests:
+            if number in requests:
+                requests[number].output(span_id, frame.each)
         if frame.total_drafted:
             for number, drafted, accepted in zip(frame.requests, frame.drafted, frame.accepted, strict=True):
                 if number in requests:

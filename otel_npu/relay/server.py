@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -245,25 +245,32 @@ class Server:
                 packets += 1
                 if self._viewers.followers and packet is not None:
                     self._viewers.forward(client, packet)
-                self._take(client, frames.decode_frame, packet)
+                self._take_packet(client, packet)
             most = max(most, packets)
         return most
 
-    def _take(
-        self, client: Connected, decode: Callable[[Any], frames.Frame], packet: memoryview | msgspec.Raw | None
-    ) -> None:
+    def _take_packet(self, client: Connected, packet: memoryview | None) -> None:
+        if packet is None:
+            self._bad_frame(client, "longer than frames may be")
+            return
         try:
-            if packet is None:
-                self._bad_frame(client, "longer than frames may be")
-                return
-            frame = decode(packet)
+            taken = frames.frames_in(packet)
+        except msgspec.MsgspecError as error:
+            self._bad_frame(client, str(error))
+            return
+        for frame in taken:  # one that is bad costs no other
+            self._take(client, frame)
+
+    def _take(self, client: Connected, encoded: bytes | memoryview | msgspec.Raw) -> None:
+        try:
+            frame = frames.decode_frame(encoded)
             self._patience.read(frame)
             while not self._ledger.has_room(client, frame):
                 if not self._making.give_way():
                     self._drops.add(semconv.RELAY_FULL)
                     client.account.lose()
                     return
-            self._ledger.hold(client, frame, memoryview(packet).nbytes)
+            self._ledger.hold(client, frame, memoryview(encoded).nbytes)
             self._handle(client, frame)
         except (msgspec.MsgspecError, ValueError) as error:
             self._bad_frame(client, str(error))
@@ -281,9 +288,6 @@ class Server:
             client.assembler.timeline.ping(frame)
         elif isinstance(frame, frames.Unfinished):
             self._unfinished(client, frame)
-        elif isinstance(frame, frames.Steps):
-            for step in frame.steps:  # one that is bad costs no other
-                self._take(client, frames.decode_step, step)
         elif isinstance(frame, frames.Step):
             add_up(self._dropped, frame.dropped)
             client.assembler.count_drops(self._drops.take_unsent())

@@ -18,7 +18,7 @@ from otel_npu.vllm.usage import Verified, cached_tokens
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from otel_npu.capture.recorder import Recorder
 
@@ -31,6 +31,8 @@ _request_numbers: Final = itertools.count(1)
 """Of the process, whose connection tells the requests of all its engines."""
 
 _MAX_RUNNING: Final = 64
+_LIST_EVERY: Final = 64
+_NOTHING_FOUND: Final[tuple[list[int], list[int], list[int], int, int]] = ([], [], [], 0, 0)
 _MIXED: Final = "mixed"
 _PREFILL: Final = "prefill"
 _DECODE: Final = "decode"
@@ -50,12 +52,47 @@ class StepContext(NamedTuple):
     slow: tuple[bytes, ...] = ()
 
 
+class _Listed:
+    """The requests of a step, and of those after it that are the same: as in most steps, all of them decode.
+
+    Attributes:
+        kind: What the step does.
+        lists: Of each sampled request its number, its tokens, and whether they are of its prompt.
+        span_id: The step that they were listed with; None before that.
+    """
+
+    __slots__ = ("_repeated", "_tokens", "kind", "lists", "span_id")
+
+    def __init__(self, kind: str, tokens: dict[str, int], lists: tuple[list[int], list[int], list[bool]]) -> None:
+        self.kind = kind
+        self.lists = lists
+        self.span_id: bytes | None = None
+        self._tokens = tokens
+        self._repeated = 0
+
+    def like(self, tokens: dict[str, int]) -> bool:
+        """Whether the next step is the same. Now and then it is listed all the same: the list may have been lost."""
+        self._repeated += 1
+        return self._repeated < _LIST_EVERY and tokens == self._tokens
+
+    def each_has_one(self, outputs: Sequence[Any]) -> bool:
+        """Whether the output of the step is a token for each of its requests, of which none is finished."""
+        if len(outputs) != len(self._tokens):
+            return False
+        tokens = self._tokens
+        for output in outputs:
+            if output.finish_reason is not None or len(output.new_token_ids) != 1 or output.request_id not in tokens:
+                return False
+        return True
+
+
 class _Running(NamedTuple):
     """A step whose output is still to come."""
 
     opened_ns: int
     kind: tuple[str, int]
     kept: bool
+    listed: _Listed
 
 
 class _Member:
@@ -89,6 +126,8 @@ class EngineSteps:
         self._step_numbers = itertools.count(1)
         self._limiter: context.Limiter | None = None
         self._slow_steps: SlowSteps | None = None
+        self._listed: _Listed | None = None
+        """The requests of the last step, if they all decode."""
         self._running: dict[bytes, _Running] = {}
         """By span id, in the order of scheduling."""
         self._updated_ns = 0
@@ -117,23 +156,29 @@ class EngineSteps:
         return call
 
     def _around_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        scheduled = tracing.guarded(self._scheduled)
-
         def call(*args: Any, **kwargs: Any) -> Any:
             opened_ns = perf_counter_ns()
             output = schedule(*args, **kwargs)
-            scheduled(output, opened_ns)
+            try:
+                self._scheduled(output, opened_ns)
+            except Exception:
+                tracing.fault()
             return output
 
         return call
 
     def _around_update(self, update_from_output: Callable[..., Any]) -> Callable[..., Any]:
-        updated, verified = tracing.guarded(self._updated), tracing.guarded(self._verified)
+        verified = tracing.guarded(self._verified)
 
         def call(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            drafts = verified(scheduler_output, args[0] if args else kwargs.get("model_runner_output"))
+            drafts = None
+            if getattr(scheduler_output, "scheduled_spec_decode_tokens", None):
+                drafts = verified(scheduler_output, args[0] if args else kwargs.get("model_runner_output"))
             result = update_from_output(scheduler_output, *args, **kwargs)
-            updated(scheduler_output, drafts, result)
+            try:
+                self._updated(scheduler_output, drafts, result)
+            except Exception:
+                tracing.fault()
             return result
 
         return call
@@ -159,25 +204,89 @@ class EngineSteps:
             )
 
     def _scheduled(self, output: Any, opened_ns: int) -> None:
-        recorder = self._recorder()
+        recorder = tracing.recorder(self._endpoint)
         if recorder is None:
             self._members.clear()
+            self._listed = None
             return
         scheduled_ns = perf_counter_ns()
         if self._transfers is not None:
             self._transfers.scheduled()
-        members = self._members
-        gone = [members.pop(request_id, None) for request_id in output.finished_req_ids]
-        ended = [member.number for member in gone if member is not None and member.number is not None]
+        gone = output.finished_req_ids
+        ended = self._gone(gone) if gone else []
         total_tokens = output.total_num_scheduled_tokens
-        if not total_tokens and not ended:
+        if not total_tokens:
+            if ended:
+                dropped = recorder.drops.take_unsent()
+                recorder.defer(self._nothing_scheduled(opened_ns, scheduled_ns, ended, dropped), dropped)
             return
+        new, preempted = output.scheduled_new_reqs, getattr(output, "preempted_req_ids", None)
+        listed = self._listed
+        if gone or new or preempted or listed is None or not listed.like(output.num_scheduled_tokens):
+            listed = self._list(output.num_scheduled_tokens)
+        kind = listed.kind
+        ids = context.new_bytes(24)
+        trace_id, span_id = ids[8:] if recorder.settings.root_traces else b"", ids[:8]
+        kept = self._kept(recorder, kind)
+        slow: tuple[bytes, ...] = ()
+        if self._slow:
+            slow, self._slow = tuple(self._slow), []
+        self._running[span_id] = _Running(opened_ns, (kind, total_tokens.bit_length()), kept, listed)
+        if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
+            del self._running[next(iter(self._running))]
+        number = next(self._step_numbers)
+        setattr(output, STEP_ATTRIBUTE, (trace_id, span_id, number, kind, kept, slow))
+        requests, tokens, prefills = listed.lists if listed.span_id is None else ([], [], [])
+        dropped = recorder.drops.take_unsent()
+        recorder.defer(
+            frames.Scheduled(
+                trace_id,
+                span_id,
+                number,
+                kind,
+                opened_ns,
+                scheduled_ns,
+                self._ranks,
+                total_tokens,
+                len(output.num_scheduled_tokens),
+                requests,
+                tokens,
+                prefills,
+                self._numbers(preempted) if preempted else [],
+                ended,
+                dropped,
+                kept,
+                self._pipeline,
+                *(self._found(new) if new else _NOTHING_FOUND),
+                listed.span_id or b"",
+            ),
+            dropped,
+        )
+        if listed.span_id is None:
+            listed.span_id = span_id
+
+    def _gone(self, request_ids: Iterable[str]) -> list[int]:
+        """The numbers of requests that have left the engine without an output that said so."""
+        members = [self._members.pop(request_id, None) for request_id in request_ids]
+        return [member.number for member in members if member is not None and member.number is not None]
+
+    def _nothing_scheduled(
+        self, opened_ns: int, scheduled_ns: int, ended: list[int], dropped: dict[str, int]
+    ) -> frames.Scheduled:
+        """Word of requests that have ended, where there is no step to say it with."""
+        return frames.Scheduled(
+            b"", context.new_bytes(8), 0, _DECODE, opened_ns, scheduled_ns, self._ranks, 0, 0, [], [], [], [], ended,
+            dropped, kept=False, pipeline=self._pipeline,
+        )  # fmt: skip
+
+    def _list(self, scheduled_tokens: dict[str, int]) -> _Listed:
+        """The sampled requests of a step. Remembered, if the next step may be the same."""
         requests: list[int] = []
         tokens: list[int] = []
         prefills: list[bool] = []
         any_prefill = any_decode = False
-        for request_id, count in output.num_scheduled_tokens.items():
-            member = members.get(request_id) or self._catch_up(request_id)
+        for request_id, count in scheduled_tokens.items():
+            member = self._members.get(request_id) or self._catch_up(request_id)
             if member is None:
                 continue
             # The scheduler has already counted these tokens as computed.
@@ -191,48 +300,9 @@ class EngineSteps:
                 tokens.append(count)
                 prefills.append(prefill)
         kind = _MIXED if any_prefill and any_decode else _PREFILL if any_prefill else _DECODE
-        ids = context.new_bytes(24)
-        kept = False
-        slow: tuple[bytes, ...] = ()
-        if total_tokens:
-            kept = self._kept(recorder, kind)
-            slow, self._slow = tuple(self._slow), []
-            self._run(ids[:8], _Running(opened_ns, (kind, total_tokens.bit_length()), kept))
-        step = StepContext(
-            ids[8:] if total_tokens and recorder.settings.root_traces else b"",
-            ids[:8],
-            next(self._step_numbers) if total_tokens else 0,
-            kind,
-            kept,
-            slow,
-        )
-        if total_tokens:
-            setattr(output, STEP_ATTRIBUTE, tuple(step))
-        found = self._found(output.scheduled_new_reqs) if output.scheduled_new_reqs else ()
-        dropped = recorder.drops.take_unsent()
-        recorder.send(
-            frames.Scheduled(
-                step.trace_id,
-                step.span_id,
-                step.number,
-                kind,
-                opened_ns,
-                scheduled_ns,
-                self._ranks,
-                total_tokens,
-                len(output.num_scheduled_tokens),
-                requests,
-                tokens,
-                prefills,
-                self._numbers(getattr(output, "preempted_req_ids", None) or ()),
-                ended,
-                dropped,
-                kept,
-                self._pipeline,
-                *found,
-            ),
-            dropped,
-        )
+        listed = _Listed(kind, dict(scheduled_tokens), (requests, tokens, prefills))
+        self._listed = None if any_prefill else listed
+        return listed
 
     def _catch_up(self, request_id: str) -> _Member | None:
         """A request that came while capture was off: the relay does not know it, but its steps are of some kind."""
@@ -263,27 +333,47 @@ class EngineSteps:
                 fetched.append(elsewhere)
         return first, cached, fetched, total_cached, total_fetched
 
-    def _verified(self, scheduler_output: Any, model_runner_output: Any) -> Verified | None:
-        """What came of a step's drafts, if it has any."""
-        if not getattr(scheduler_output, "scheduled_spec_decode_tokens", None):
-            return None
+    def _verified(self, scheduler_output: Any, model_runner_output: Any) -> Verified:
+        """What came of a step's drafts."""
         return Verified(scheduler_output, model_runner_output, self._bonus_tokens)
 
     def _updated(self, scheduler_output: Any, verified: Verified | None, result: Any) -> None:
         step = getattr(scheduler_output, STEP_ATTRIBUTE, None)
-        recorder = self._recorder()
+        recorder = tracing.recorder(self._endpoint)
         if step is None or recorder is None:
             return
         updated_ns = perf_counter_ns()
-        span_id = StepContext(*step).span_id
-        keep = self._judge(recorder, span_id, updated_ns)
+        span_id = step[1]
+        running = self._running.pop(span_id, None)
+        keep = "" if running is None else self._judge(recorder, span_id, running, updated_ns)
+        outputs = result.values() if isinstance(result, dict) else (result,)
+        if verified is None and running is not None and len(outputs) == 1:
+            (only,) = outputs
+            if running.listed.each_has_one(only.outputs):
+                recorder.defer(frames.Updated(span_id, updated_ns, [], [], [], keep, each=1))
+                return
+        told = self._told(span_id, updated_ns, keep, verified, outputs)
+        if not told.finished:
+            recorder.defer(told)
+            return
+        recorder.send(told)
+        thread = recorder.local.thread
+        if thread.pending:
+            # Its worker is this thread too. Nobody closes a step after a request's last one, and a program that ends
+            # may keep the idle thread waiting for longer than the relay waits for that step.
+            recorder.resolve(thread)
+
+    def _told(
+        self, span_id: bytes, updated_ns: int, keep: str, verified: Verified | None, results: Iterable[Any]
+    ) -> frames.Updated:
+        """What came of a step, request by request."""
         requests: list[int] = []
         new_tokens: list[int] = []
         finished: list[int] = []
         drafted: list[int] = []
         accepted: list[int] = []
         members = self._members
-        for outputs in result.values() if isinstance(result, dict) else (result,):
+        for outputs in results:
             for output in outputs.outputs:
                 member = members.get(output.request_id)
                 if member is None:
@@ -300,12 +390,7 @@ class EngineSteps:
                     if output.finish_reason is not None:
                         finished.append(member.number)
         totals = () if verified is None else (drafted, accepted, verified.drafted, verified.accepted)
-        recorder.send(frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep, *totals))
-        thread = recorder.local.thread
-        if finished and thread.pending:
-            # Its worker is this thread too. Nobody closes a step after a request's last one, and a program that ends
-            # may keep the idle thread waiting for longer than the relay waits for that step.
-            recorder.resolve(thread)
+        return frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep, *totals)
 
     def _recorder(self) -> Recorder | None:
         return tracing.recorder(self._endpoint)
@@ -320,18 +405,12 @@ class EngineSteps:
             self._limiter = context.Limiter(recorder.settings.steps_per_second)
         return recorder.settings.root_traces and self._limiter.allow(kind)
 
-    def _run(self, span_id: bytes, running: _Running) -> None:
-        self._running[span_id] = running
-        if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
-            del self._running[next(iter(self._running))]
-
-    def _judge(self, recorder: Recorder, span_id: bytes, updated_ns: int) -> str:
+    def _judge(self, recorder: Recorder, span_id: bytes, running: _Running, updated_ns: int) -> str:
         """Why a step is kept now that its output is there; empty if it is not, or was from the start.
 
         It is judged by what it added to the time before it: the step behind a slow one is not to blame.
         """
-        running = self._running.pop(span_id, None)
-        if running is None or not recorder.settings.root_traces:
+        if not recorder.settings.root_traces:
             return ""
         if self._slow_steps is None:
             self._slow_steps = SlowSteps(recorder.settings.slow_step, recorder.drops)

@@ -99,6 +99,13 @@ def exporter_environment(endpoint: str | None) -> dict[str, str]:
     }
 
 
+def fault() -> None:
+    """Count the fault of ours that is being handled."""
+    recorder = switch.current_recorder()
+    if recorder is not None:
+        recorder.own_fault()
+
+
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose faults are counted and never vLLM's: it returns None then."""
 
@@ -107,9 +114,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Exception:
-            recorder = switch.current_recorder()
-            if recorder is not None:
-                recorder.own_fault()
+            fault()
             return None
 
     return call

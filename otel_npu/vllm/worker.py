@@ -7,17 +7,16 @@ import functools
 import sys
 import threading
 import types
-import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.capture.context import Ids, new_bytes
-from otel_npu.capture.records import Rank, new_stage
+from otel_npu.capture.records import Rank, new_stage, new_step
 from otel_npu.capture.stages import HostStage, Stage
 from otel_npu.capture.steps import Step
 from otel_npu.vllm import stages, tracing
-from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
+from otel_npu.vllm.engine import STEP_ATTRIBUTE
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ _FORWARD: Final = "forward"
 _DRAFT: Final = "draft"
 _KV_LOAD: Final = "kv_load"
 _FULL: Final = "full"
+_GRAPH_MODES: Final = 16
 
 
 class _Thread(threading.local):
@@ -50,12 +50,15 @@ class WorkerSteps:
         config = worker.vllm_config
         self._endpoint = tracing.config_endpoint(config)
         self.rank, self.attributes = _rank(worker.rank, config.parallel_config)
+        self._told: Recorder | None = None
+        """What knows the attributes already."""
         self._warming_up = False
         self._step: Step | None = None
 
     def open(self, scheduler_output: Any) -> None:
         """A step begins, if it runs the model."""
-        self.close()
+        if self._step is not None:
+            self.close()
         recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
@@ -64,20 +67,20 @@ class WorkerSteps:
         if told is None:
             if recorder.was_switched:  # its engine is off still, or already
                 return
-            self._open(Step(recorder, "", (), dict(self.attributes), rank=self.rank))
+            self._open(new_step(Step, recorder, "", (), None, None, self.rank))
             return
-        told = StepContext(*told)
-        if told.slow:  # this worker's relay may be another than the engine's
-            recorder.send(frames.Keep(semconv.SLOW, list(told.slow)))
-        ids = Ids(told.trace_id, new_bytes(8), told.span_id, told.kept)
-        self._open(Step(recorder, told.kind, (), dict(self.attributes), ids=ids, rank=self.rank, number=told.number))
+        trace_id, span_id, number, kind, kept, slow = told
+        if slow:  # this worker's relay may be another than the engine's
+            recorder.send(frames.Keep(semconv.SLOW, list(slow)))
+        ids = _new_tuple(Ids, (trace_id, new_bytes(8), span_id, kept))
+        self._open(new_step(Step, recorder, kind, (), None, ids, self.rank, number))
 
     def open_dummy(self) -> None:
         """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""
         self.close()
         recorder = self._recorder()
         if recorder is not None:
-            self._open(Step(recorder, _DUMMY, (), dict(self.attributes), rank=self.rank))
+            self._open(new_step(Step, recorder, _DUMMY, (), None, None, self.rank))
 
     def warm_up(self, *, on: bool) -> None:
         """Warm-up begins, and its steps are nothing; or it is over.
@@ -99,32 +102,48 @@ class WorkerSteps:
             self._step = _thread.step = step
 
     def _recorder(self) -> Recorder | None:
-        return None if self._warming_up else tracing.recorder(self._endpoint)
+        if self._warming_up:
+            return None
+        recorder = tracing.recorder(self._endpoint)
+        if recorder is not self._told and recorder is not None:
+            recorder.describe(self.rank, self.attributes)
+            self._told = recorder
+        return recorder
 
 
-_workers: weakref.WeakKeyDictionary[Any, WorkerSteps] = weakref.WeakKeyDictionary()
+_new_tuple: Final = tuple.__new__
+_STEPS: Final = "_otel_npu_steps"
+"""Where a worker has its `WorkerSteps`."""
 
 
 def _of(worker: Any) -> WorkerSteps:
-    steps = _workers.get(worker)
-    if steps is None:
-        steps = _workers[worker] = WorkerSteps(worker)
-    return steps
+    try:
+        return worker.__dict__[_STEPS]  # type: ignore[no-any-return]
+    except KeyError:
+        steps = worker.__dict__[_STEPS] = WorkerSteps(worker)
+        return steps
 
 
-@tracing.guarded
+# Without `tracing.guarded`, for what runs with each step: another call costs, where nothing is in the caches.
+
+
 def _begin(worker: Any, scheduler_output: Any) -> None:
-    _of(worker).open(scheduler_output)
+    try:
+        _of(worker).open(scheduler_output)
+    except Exception:
+        tracing.fault()
+
+
+def _end(worker: Any, error: type[BaseException] | None = None) -> None:
+    try:
+        _of(worker).close(error)
+    except Exception:
+        tracing.fault()
 
 
 @tracing.guarded
 def _begin_dummy(worker: Any) -> None:
     _of(worker).open_dummy()
-
-
-@tracing.guarded
-def _end(worker: Any, error: type[BaseException] | None = None) -> None:
-    _of(worker).close(error)
 
 
 @tracing.guarded
@@ -236,8 +255,8 @@ def scope(name: str) -> contextlib.AbstractContextManager[None]:
     entry = stages.canonical(name)
     if entry.timing is stages.IGNORED:
         return _NOTHING
-    if entry.name == _FORWARD and step.attributes is not None:
-        _add_graph_mode(step.attributes)
+    if entry.name == _FORWARD:
+        _add_graph_mode(step)
     return new_stage(HostStage if entry.timing is stages.HOST else Stage, step.capture, entry.name, entry.attributes)
 
 
@@ -329,8 +348,8 @@ def full_graph(run_fullgraph: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         step = _thread.step
-        if step is not None and step.attributes is not None:
-            step.attributes[semconv.GRAPH_MODE] = _FULL
+        if step is not None:
+            step.attributes = _graph_mode(_FULL)
         return run(*args, **kwargs)
 
     return call
@@ -393,8 +412,8 @@ def noting_graph_mode(set_forward_context: Callable[..., Any]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with set_forward_context(*args, **kwargs) as entered:
             step = _thread.step
-            if step is not None and step.attributes is not None:
-                _add_graph_mode(step.attributes)
+            if step is not None:
+                _add_graph_mode(step)
             yield entered
 
     return call
@@ -428,15 +447,21 @@ def _dummy_forward() -> Iterator[None]:
         yield
 
 
-def _add_graph_mode(attributes: dict[str, Any]) -> None:
+def _add_graph_mode(step: Step) -> None:
     forward_context = sys.modules.get("vllm.forward_context")
     mode = getattr(getattr(forward_context, "_forward_context", None), "cudagraph_runtime_mode", None)
     name = getattr(mode, "name", None)
     if isinstance(name, str):
-        attributes[semconv.GRAPH_MODE] = name.lower()
+        step.attributes = _graph_mode(name)
 
 
-def _rank(number: int, parallel: Any) -> tuple[Rank, dict[str, int]]:
+@functools.lru_cache(_GRAPH_MODES)
+def _graph_mode(name: str) -> dict[str, Any]:
+    """All that a worker says of one of its steps; the same for all steps of a mode."""
+    return {semconv.GRAPH_MODE: name.lower()}
+
+
+def _rank(number: int, parallel: Any) -> tuple[Rank, frames.Attributes]:
     """Which rank this is, and its place in each kind of parallelism.
 
     As vLLM lays ranks out: tensor-parallel ranks next to one another, then pipeline stages; the engine waits for the
@@ -446,7 +471,7 @@ def _rank(number: int, parallel: Any) -> tuple[Rank, dict[str, int]]:
     replica = across * getattr(parallel, "pipeline_parallel_size", parallel.world_size // across)
     inside = number % replica
     data_parallel_rank = getattr(parallel, "data_parallel_rank", 0)
-    place = {
+    place: frames.Attributes = {
         semconv.TP_RANK: inside % parallel.tensor_parallel_size,
         semconv.PP_RANK: inside // across,
         # The rank is 0 on every replica of a dense model, because they have nothing to do with each other.

@@ -13,7 +13,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 MAX_STAGES: Final = 1024  # of one step
 MAX_FRAME_BYTES: Final = 128 * 1024  # with what the kernel adds it fits a stock socket buffer of 208 KiB
 
@@ -52,6 +52,8 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     """How many times the usual a step of its own, one of no engine, takes at least to be kept for it."""
     on: bool = True
     """Whether it captures."""
+    places: dict[int, Attributes] = {}
+    """By a worker's rank in its engine what is true of all its steps: it is not said again with each."""
 
 
 class Stage(msgspec.Struct, array_like=True):
@@ -100,12 +102,6 @@ class Step(msgspec.Struct, array_like=True, tag="step", frozen=True, weakref=Tru
     dropped: dict[str, Count]
     stages: Annotated[list[Stage], msgspec.Meta(max_length=MAX_STAGES)]
     kept: bool = True
-
-
-class Steps(msgspec.Struct, array_like=True, tag="steps", frozen=True):
-    """Several steps in one packet, each a `Step` to be decoded by `decode_step`: one that is bad costs no other."""
-
-    steps: list[msgspec.Raw]
 
 
 class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
@@ -166,6 +162,9 @@ class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True, w
     `first`, `cached` and `fetched` go together: of each sampled request that was never scheduled before, how many
     tokens of its prompt the engine's own cache had, and how many came from elsewhere; the totals count the others too.
     `pipeline` is how many stages the ranks are in.
+
+    `like` is the span id of a step before with the same `requests`, `tokens` and `prefills`, which are not listed again
+    then.
     """
 
     trace_id: bytes
@@ -190,6 +189,7 @@ class Scheduled(msgspec.Struct, array_like=True, tag="scheduled", frozen=True, w
     fetched: list[Count] = []
     total_cached: Count = 0
     total_fetched: Count = 0
+    like: bytes = b""
 
 
 class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
@@ -198,7 +198,8 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
     `requests` and `new_tokens` go together: how many tokens the step gave each sampled request that has an output.
     `finished` are those whose last output this was, as far as the engine knows. `keep` says why the step is kept
     after all, if it is. Of a step that verified drafts `drafted` and `accepted` have the tokens of each of `requests`,
-    else nothing; the totals count all requests.
+    else nothing; the totals count all requests. Where all that were scheduled were given as many tokens and none is
+    finished, `each` says how many, and none is listed.
     """
 
     span_id: bytes
@@ -211,6 +212,7 @@ class Updated(msgspec.Struct, array_like=True, tag="updated", frozen=True):
     accepted: list[Count] = []
     total_drafted: Count = 0
     total_accepted: Count = 0
+    each: Count = 0
 
 
 class Transfers(msgspec.Struct, array_like=True, tag="transfers", frozen=True):
@@ -293,7 +295,6 @@ class Look(msgspec.Struct, array_like=True, tag="look", frozen=True):
 Frame: TypeAlias = (
     Hello
     | Step
-    | Steps
     | Ping
     | Unfinished
     | Request
@@ -308,21 +309,38 @@ Frame: TypeAlias = (
     | Switched
 )
 
+
+class Several(msgspec.Struct, array_like=True, tag="several", frozen=True):
+    """Several frames in one packet, each to be decoded by `decode_frame`: one that is bad costs no other."""
+
+    frames: list[msgspec.Raw]
+
+
 LINK_BYTES: Final = 25  # trace id (16), span id (8), trace flags (1)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_flushed = msgspec.msgpack.Decoder(Flushed).decode
 decode_switch = msgspec.msgpack.Decoder(Switch).decode
 _decode = msgspec.msgpack.Decoder(Frame).decode
-_decode_step = msgspec.msgpack.Decoder(Step).decode
-_decode_steps = msgspec.msgpack.Decoder(Steps).decode
-_STEPS_BEGIN: Final = encode(Steps([]))[:-1]
+_decode_several = msgspec.msgpack.Decoder(Several).decode
+_SEVERAL_BEGIN: Final = encode(Several([]))[:-1]
 SWITCH_BEGINS: Final = encode(Switch(True))[:-1]
 """With this a packet begins that is a `Switch`."""
 
 
-def decode_frame(packet: bytes | memoryview) -> Frame:
-    """The frame in a packet.
+def frames_in(packet: bytes | memoryview | msgspec.Raw) -> list[bytes | memoryview | msgspec.Raw]:
+    """The frames of a packet, which is one frame or several, each for `decode_frame`.
+
+    Raises:
+        ValueError: It begins as several and goes on as something else.
+    """
+    if memoryview(packet)[: len(_SEVERAL_BEGIN)] != _SEVERAL_BEGIN:
+        return [packet]
+    return [*_decode_several(packet).frames]
+
+
+def decode_frame(packet: bytes | memoryview | msgspec.Raw) -> Frame:
+    """A frame.
 
     Raises:
         ValueError: It is not a frame, or holds what can't be; the text says what.
@@ -332,22 +350,6 @@ def decode_frame(packet: bytes | memoryview) -> Frame:
     if check is not None:
         check(frame)
     return frame
-
-
-def frames_in(packet: bytes) -> int:
-    """How many frames a packet of ours is: several steps may share one."""
-    return len(_decode_steps(packet).steps) if packet.startswith(_STEPS_BEGIN) else 1
-
-
-def decode_step(packet: bytes | memoryview | msgspec.Raw) -> Step:
-    """One of the steps of `Steps`.
-
-    Raises:
-        ValueError: It is not a step, or holds what can't be; the text says what.
-    """
-    step: Step = _decode_step(packet)
-    _check_step(step)
-    return step
 
 
 def _nest(stages: list[Stage]) -> None:
@@ -397,6 +399,7 @@ def _check_request(request: Request) -> None:
 def _check_scheduled(scheduled: Scheduled) -> None:
     _check_id("trace id", scheduled.trace_id, 16, may_be_absent=True)
     _check_id("span id", scheduled.span_id, 8, may_be_absent=False)
+    _check_id("span id", scheduled.like, 8, may_be_absent=True)
     if not len(scheduled.requests) == len(scheduled.tokens) == len(scheduled.prefills):
         raise ValueError(f"{len(scheduled.requests)} requests with {len(scheduled.tokens)} counts of tokens")
     if not len(scheduled.first) == len(scheduled.cached) == len(scheduled.fetched):

@@ -9,7 +9,7 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import context, hang, switch
-from otel_npu.capture.records import Rank
+from otel_npu.capture.records import Rank, new_step
 from otel_npu.capture.steps import Step
 from otel_npu.devices.simulated import SimulatedEvent
 from otel_npu.wire import frames
@@ -185,7 +185,7 @@ def test_where_no_trace_may_begin_it_is_a_line_and_counted_but_no_span(
 
 def test_a_hanging_step_of_an_engine_tells_which_it_is(watched: Captured) -> None:
     ids = context.Ids(b"T" * 16, b"S" * 8, b"E" * 8, kept=False)
-    step = Step(watched.recorder, "decode", ids=ids, rank=Rank(1, returns_output=False)).open()
+    step = new_step(Step, watched.recorder, "decode", (), None, ids, Rank(1, returns_output=False)).open()
     watched.stage("forward", 1000 * SECOND)
     step.close()
     wait_until(watched.unfinished)

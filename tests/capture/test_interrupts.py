@@ -11,7 +11,7 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import switch
-from otel_npu.capture.interrupts import from_outside
+from otel_npu.interrupts import from_outside
 from otel_npu.native import native
 from tests.faults.effort import times
 from tests.helpers.capturing import MILLISECOND, Captured, Clock, capturing, simulated, wait_until

@@ -9,7 +9,7 @@ import pytest
 
 import otel_npu
 from otel_npu import ProfileExecuteDuration
-from otel_npu.capture.records import Rank
+from otel_npu.capture.records import Rank, new_step
 from otel_npu.capture.steps import Step
 from tests.helpers.capturing import MILLISECOND, SECOND, Captured, Exported, capturing, simulated
 
@@ -148,7 +148,7 @@ class TestLogLine:
         return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
 
     def test_is_what_vllm_ascend_printed_for_a_worker(self, logged: Captured, caplog: pytest.LogCaptureFixture) -> None:
-        step = Step(logged.recorder, "decode", rank=Rank(0, returns_output=True)).open()
+        step = new_step(Step, logged.recorder, "decode", (), None, None, Rank(0, returns_output=True)).open()
         logged.stage("forward", 4_140_000)
         logged.stage("post process", 14_170_000)
         step.close()

@@ -18,7 +18,7 @@ ROOT: Final = REPOSITORY / "otel_npu"
 
 # From what a stage is to who turns it on; a reader follows a stage from right to left once, and never comes back.
 ORDER: Final = (
-    *("interrupts", "context", "arguments", "plain", "records", "shared", "decorate", "off", "steps", "stages"),
+    *("context", "arguments", "plain", "records", "shared", "decorate", "off", "steps", "stages"),
     *("resolver", "hang", "idle", "recorder", "switch", "durations"),
 )
 PACKAGES: Final = ("devices", "wire", "capture", "vllm")

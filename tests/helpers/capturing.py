@@ -86,6 +86,11 @@ class Captured(Tracing):
         (step,) = self.steps()
         return step
 
+    def said(self, step: frames.Step) -> frames.Attributes:
+        """What is said of a step, with what is true of all of its rank."""
+        hello = [frame for frame in self.sent if isinstance(frame, frames.Hello)][-1]
+        return {**hello.places.get(step.rank, {}), **(step.attributes or {})}
+
     def unfinished(self) -> list[frames.Unfinished]:
         """The stages reported as unfinished so far."""
         return [frame for frame in list(self.sent) if isinstance(frame, frames.Unfinished)]
@@ -156,10 +161,8 @@ def wait_until(condition: Callable[[], object], timeout_seconds: float = 120.0) 
 def _read(connection: socket.socket, sent: list[frames.Frame]) -> None:
     with connection:
         while packet := connection.recv(frames.MAX_FRAME_BYTES):
-            frame = frames.decode_frame(packet)
-            if isinstance(frame, frames.Steps):
-                sent.extend(map(frames.decode_step, frame.steps))
-            elif isinstance(frame, frames.Flush):
-                connection.send(frames.encode(frames.Flushed(frame.number, complete=True)))
-            else:
-                sent.append(frame)
+            for frame in map(frames.decode_frame, frames.frames_in(packet)):
+                if isinstance(frame, frames.Flush):
+                    connection.send(frames.encode(frames.Flushed(frame.number, complete=True)))
+                else:
+                    sent.append(frame)

@@ -224,7 +224,7 @@ class Worker(Recorder):
         pass
 
     def tick(self, number: int) -> None:
-        """What the idle thread does every 20 ms, and about once a second."""
+        """What the idle thread does at each look, and about once a second."""
         self.idle.resolve()
         if number % round(WATCH_SECONDS / IDLE_SECONDS) == 0:
             self.idle.ping()
@@ -325,9 +325,8 @@ def stage_clock(clock: Callable[[], int]) -> Iterator[None]:
 
 
 def decoded(packet: bytes) -> list[frames.Frame]:
-    """The frames in a packet, those of several steps one by one."""
-    frame = frames.decode_frame(packet)
-    return [frames.decode_step(step) for step in frame.steps] if isinstance(frame, frames.Steps) else [frame]
+    """The frames in a packet."""
+    return list(map(frames.decode_frame, frames.frames_in(packet)))
 
 
 def deliver(channel: Channel, take: Callable[[bytes], None]) -> None:

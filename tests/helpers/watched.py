@@ -75,5 +75,5 @@ def engine_step(
             stages=stages,
             attributes={"npu.step.ranks": ranks},
         )
-        yield seen(2 + rank, frames.Steps([msgspec.Raw(frames.encode(frame))]))
+        yield seen(2 + rank, frames.Several([msgspec.Raw(frames.encode(frame))]))
     yield seen(ENGINE, updated(number, span_id=span_id, closed_ns=end_ns + MS))

@@ -123,6 +123,16 @@ def test_ranks_are_told_apart_by_the_names_of_their_steps() -> None:
     assert (alone.name, other.name) == ("worker_step", "worker_step rank 1")
 
 
+def test_what_is_true_of_all_steps_of_a_rank_is_on_each_of_them() -> None:
+    relay = assembler(places={0: {semconv.TP_RANK: 7, semconv.DP_RANK: 3}, 1: {semconv.TP_RANK: 8}})
+    *_, first = relay.step(step(1, rank=0))
+    *_, second = relay.step(step(2, rank=1, attributes={semconv.GRAPH_MODE: "full"}))
+    *_, other = relay.step(step(3))
+    assert [attributes(span).get(semconv.TP_RANK) for span in (first, second, other)] == [7, 8, None]
+    assert attributes(first)[semconv.DP_RANK] == 3
+    assert attributes(second)[semconv.GRAPH_MODE] == "full"
+
+
 def test_what_the_program_says_never_hides_what_was_measured() -> None:
     [span, _] = assembler().step(step(stages=[stage(attributes={"npu.timing": "guessed", "tokens": 7})]))
     assert attributes(span)["npu.timing"] == "device"

@@ -25,6 +25,7 @@ from tests.helpers.joined import (
     Joined,
     attributes,
     host_stage,
+    id_of,
     parent_id,
     span_id,
     times,
@@ -100,6 +101,35 @@ def test_the_stages_of_a_prefill_are_nested_as_in_its_step(joined: Joined) -> No
         "npu.step.number": 4,
         "npu.rank": 0,
     }
+
+
+def test_requests_that_are_referred_to_have_their_steps_as_if_they_were_listed(joined: Joined) -> None:
+    joined.open(1, 2)
+    joined.step(1, 1, 2, prefill=True)
+    joined.step(2, 1, 2)
+    for number in range(3, 40):
+        joined.schedule(number, like=id_of(2), total_tokens=2, total_requests=2)
+        joined.run(number)
+        joined.update(number, each=1)
+    joined.step(40, 1, 2, finished=[1, 2])
+    joined.end(1, 40, "length")
+    joined.end(2, 40, "length")
+    for decode in joined.named("decode"):
+        said = attributes(decode)
+        assert said["npu.request.steps"] == 39
+        assert "npu.request.surplus_steps" not in said
+
+
+def test_a_step_that_refers_to_one_that_was_lost_is_a_step_all_the_same(joined: Joined) -> None:
+    joined.open(1)
+    joined.step(1, 1, prefill=True)
+    joined.schedule(3, like=id_of(2))
+    joined.run(3)
+    joined.update(3, each=1)
+    joined.step(4, 1, finished=[1])
+    joined.end(1, 3, "length")
+    assert joined.told("decode")["steps"] == 1
+    assert len(joined.named("engine_step")) == 3
 
 
 def test_what_the_phases_say(joined: Joined) -> None:

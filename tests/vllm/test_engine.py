@@ -136,6 +136,76 @@ def test_a_step_tells_whom_it_serves_and_counts_the_others(captured: Captured, s
     )
 
 
+def decoding(scheduler: Scheduler, *request_ids: str) -> Any:
+    """A step in which each of these requests gets a token; its output has been taken in."""
+    output = scheduler.schedule(dict.fromkeys(request_ids, 1))
+    scheduler.update_from_output(output, dict.fromkeys(request_ids, (1, None)))
+    return output
+
+
+def test_a_decode_batch_that_has_not_changed_is_not_listed_again(captured: Captured, scheduler: Scheduler) -> None:
+    for made in (request("a"), request("b", sampled=False), request("c")):
+        scheduler.add_request(made)
+    scheduler.schedule({"a": 4, "b": 4, "c": 4})
+    for _ in range(3):
+        decoding(scheduler, "a", "b", "c")
+    decoding(scheduler, "a", "c")
+    prefill, first, *same, fewer = told(captured, frames.Scheduled)
+    assert [(step.requests, step.like) for step in (prefill, first, fewer)] == [([1, 2], b"")] * 3
+    assert [(step.requests, step.tokens, step.prefills, step.like) for step in same] == [
+        ([], [], [], first.span_id)
+    ] * 2
+    assert [(step.kind, step.total_requests, step.total_tokens) for step in same] == [("decode", 3, 3)] * 2
+    updates = told(captured, frames.Updated)
+    assert [(step.each, step.requests) for step in updates] == [(1, [])] * 4
+
+
+def test_a_batch_is_listed_again_now_and_then_for_the_list_may_have_been_lost(
+    captured: Captured, scheduler: Scheduler
+) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.schedule({"a": 4})
+    for _ in range(200):
+        decoding(scheduler, "a")
+    listed = [index for index, step in enumerate(told(captured, frames.Scheduled)) if not step.like]
+    assert max(after - before for before, after in itertools.pairwise(listed)) <= 64
+
+
+def test_a_request_that_is_another_now_is_listed(captured: Captured, scheduler: Scheduler) -> None:
+    """It has ended, and another of its name has come: its tokens look as before."""
+    scheduler.add_request(request("a"))
+    scheduler.schedule({"a": 4})
+    decoding(scheduler, "a")
+    scheduler.finished.add("a")
+    scheduler.seen.clear()
+    scheduler.add_request(request("a"))
+    scheduler.schedule({"a": 1})
+    assert [step.like for step in told(captured, frames.Scheduled)] == [b""] * 3
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"a": (1, None)},
+        {"a": (1, None), "b": (0, None)},
+        {"a": (1, None), "b": (2, None)},
+        {"a": (1, None), "b": (1, "stop")},
+    ],
+)
+def test_an_output_that_is_not_a_token_for_each_is_told_one_by_one(
+    captured: Captured, scheduler: Scheduler, outputs: dict[str, tuple[int, str | None]]
+) -> None:
+    scheduler.add_request(request("a"))
+    scheduler.add_request(request("b"))
+    scheduler.schedule({"a": 4, "b": 4})
+    output = scheduler.schedule({"a": 1, "b": 1})
+    scheduler.update_from_output(output, outputs)
+    [updated] = told(captured, frames.Updated)
+    assert updated.each == 0
+    assert updated.requests == [1, 2][: len(outputs)]
+    assert updated.new_tokens == [count for count, _ in outputs.values()]
+
+
 def test_the_kind_of_a_step_follows_from_what_its_requests_are_at(captured: Captured, scheduler: Scheduler) -> None:
     scheduler.add_request(request("a"))
     scheduler.schedule({"a": 3})

@@ -115,8 +115,8 @@ def test_all_ranks_of_a_step_are_in_one_trace_and_what_was_sent_survives_sigkill
         server.kill()
         eventually(lambda: not server.relays(), "the relay has sent what it holds and ended")
     arrived = {span.span_id for span in receiver.spans}
-    packets = [frame for frame in map(frames.decode_frame, sent_frames(sent)) if isinstance(frame, frames.Steps)]
-    kept = [step for packet in packets for step in map(frames.decode_step, packet.steps) if step.trace_id]
+    told = [frames.decode_frame(frame) for packet in sent_frames(sent) for frame in frames.frames_in(packet)]
+    kept = [frame for frame in told if isinstance(frame, frames.Step) and frame.trace_id]
     assert len({step.rank for step in kept}) == 2
     assert [step.number for step in kept if step.span_id.hex() not in arrived] == []
 

@@ -70,7 +70,7 @@ def output(*, tokens: int = 1, result: object = None, told: bool = True, trace_i
     """A scheduler's output, with the context of its step."""
     made = types.SimpleNamespace(total_num_scheduled_tokens=tokens, num_scheduled_tokens={"a": tokens}, result=result)
     if told:
-        setattr(made, STEP_ATTRIBUTE, (trace_id, ENGINE_STEP, 7, "decode"))
+        setattr(made, STEP_ATTRIBUTE, (trace_id, ENGINE_STEP, 7, "decode", True, ()))
     return made
 
 
@@ -219,7 +219,7 @@ def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured)
         worker.execute_model(output(result="output"))
     steps = captured.steps()
     assert [(step.rank, step.returns_output) for step in steps] == [(0, False), (1, False), (2, True), (3, False)]
-    assert [step.attributes for step in steps] == [
+    assert [captured.said(step) for step in steps] == [
         {semconv.TP_RANK: tp, semconv.PP_RANK: pp, semconv.DP_RANK: 3, semconv.STEP_RANKS: 4}
         for pp in (0, 1)
         for tp in (0, 1)
@@ -229,7 +229,7 @@ def test_ranks_are_told_and_which_of_them_returns_the_output(captured: Captured)
 def test_a_dense_model_has_a_data_parallel_rank_too(captured: Captured) -> None:
     """Of a dense model vLLM sets `data_parallel_rank` to 0 on every rank; only the index is left."""
     Worker(data_parallel_rank=0, data_parallel_index=1).execute_model(output(result="output"))
-    assert captured.step().attributes == {
+    assert captured.said(captured.step()) == {
         semconv.TP_RANK: 0,
         semconv.PP_RANK: 0,
         semconv.DP_RANK: 1,
@@ -244,7 +244,7 @@ def test_under_an_external_launcher_a_rank_is_told_within_its_replica(captured: 
         worker.execute_model(output(result="output"))
     steps = captured.steps()
     assert [(step.rank, step.returns_output) for step in steps] == [(2, True), (3, False)]
-    assert [step.attributes for step in steps] == [
+    assert [captured.said(step) for step in steps] == [
         {semconv.TP_RANK: tp, semconv.PP_RANK: 0, semconv.DP_RANK: 1, semconv.STEP_RANKS: 2} for tp in (0, 1)
     ]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import stat
 import threading
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from otel_npu import semconv
 from otel_npu.drops import Drops
 from otel_npu.settings import SESSION
 from otel_npu.wire import channel as channel_module
@@ -24,8 +27,6 @@ from tests.helpers.built import hello, request, request_end, scheduled, stage, s
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    import msgspec
 
 # Frames
 
@@ -58,15 +59,21 @@ def test_a_frame_arrives_as_it_was_sent(frame: msgspec.Struct) -> None:
     assert frames.decode_frame(frames.encode(frame)) == frame
 
 
-def test_a_bad_step_costs_no_other_of_its_packet() -> None:
+def test_a_bad_frame_costs_no_other_of_its_packet() -> None:
     good = step(3)
-    packet = frames.encode(("steps", [step(1), step(2, opened_ns=-1), ("nonsense",), good]))
-    steps = frames.decode_frame(packet)
-    assert isinstance(steps, frames.Steps)
-    assert frames.decode_step(steps.steps[3]) == good
-    for bad in steps.steps[1:3]:
+    inside = frames.encode(frames.Several([]))
+    sent = [step(1), step(2, opened_ns=-1), ("nonsense",), msgspec.Raw(inside), good]
+    taken = frames.frames_in(frames.encode(("several", sent)))
+    assert frames.decode_frame(taken[4]) == good
+    for bad in taken[1:4]:
         with pytest.raises(ValueError):
-            frames.decode_step(bad)
+            frames.decode_frame(bad)
+
+
+def test_a_packet_that_is_cut_off_is_refused() -> None:
+    packet = frames.encode(("several", [step(1), step(2)]))
+    with pytest.raises(ValueError):
+        frames.frames_in(packet[:-5])
 
 
 def test_a_stage_lies_in_the_innermost_that_was_entered_before_and_exited_after() -> None:
@@ -74,7 +81,8 @@ def test_a_stage_lies_in_the_innermost_that_was_entered_before_and_exited_after(
         return stage(entered_ns=entered_ns, exited_ns=exited_ns, parent=77)
 
     spans = [(0, 100), (10, 50), (20, 30), (40, 60), (60, 90), (100, 110)]
-    told = frames.decode_step(frames.encode(step(stages=[lasting(*span) for span in spans])))
+    told = frames.decode_frame(frames.encode(step(stages=[lasting(*span) for span in spans])))
+    assert isinstance(told, frames.Step)
     assert [one.parent for one in told.stages] == [-1, 0, 1, 0, 0, -1]
 
 
@@ -157,10 +165,10 @@ class Line:
     def arrived(self) -> list[frames.Frame]:
         """What has arrived and not been read yet."""
         assert self.peer is not None
-        packets = []
+        packets: list[frames.Frame] = []
         try:
             while packet := self.peer.recv(frames.MAX_FRAME_BYTES):
-                packets.append(frames.decode_frame(packet))
+                packets += map(frames.decode_frame, frames.frames_in(packet))
         except BlockingIOError:
             pass
         return packets
@@ -173,6 +181,7 @@ class Line:
         """What has arrived when nothing waits any more."""
         packets = self.arrived()
         while not self.channel.empty:
+            self.channel.send_deferred()
             self.channel.drain()
             packets += self.arrived()
         return packets
@@ -286,6 +295,46 @@ def test_threads_share_it_and_each_ones_frames_stay_in_order(line: Line) -> None
     for sender in range(4):
         mine = [number for number in received if number // 1000 == sender]
         assert mine == list(range(sender * 1000, sender * 1000 + 500))
+
+
+def test_what_is_deferred_goes_with_the_sixteenth_of_it(line: Line) -> None:
+    for number in range(16):
+        assert line.arrived() == []
+        line.channel.defer(updated(closed_ns=number))
+    assert [frame.closed_ns for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)] == list(range(16))
+
+
+def test_what_is_deferred_goes_when_the_first_of_it_has_waited_for_long(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.chain([0, 50_000_000], itertools.repeat(50_000_001)).__next__
+    monkeypatch.setattr(channel_module, "perf_counter_ns", now)
+    line.channel.defer(updated())
+    line.channel.defer(updated())
+    assert line.arrived() == []
+    line.channel.defer(updated())
+    assert len(line.arrived()) == 1 + 3
+
+
+def test_what_is_deferred_goes_before_whatever_is_sent_after_it_and_when_it_is_asked_for(line: Line) -> None:
+    line.channel.defer(updated())
+    line.send(1)
+    line.channel.defer(updated())
+    assert not line.channel.empty
+    line.channel.send_deferred()
+    assert line.channel.empty
+    kinds = [type(frame) for frame in line.arrived()]
+    assert kinds == [frames.Hello, frames.Updated, frames.Step, frames.Updated]
+
+
+def test_a_deferred_frame_that_can_not_be_sent_costs_no_other(line: Line) -> None:
+    bad = updated(keep="\udcff")
+    large = scheduled(kind="k" * frames.MAX_FRAME_BYTES)
+    for frame in (updated(closed_ns=1), bad, large, updated(closed_ns=2)):
+        line.channel.defer(frame, {semconv.BAD_LINK: 1})
+    line.channel.send_deferred()
+    assert [frame.closed_ns for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)] == [1, 2]
+    assert line.drops.take_unsent() == {semconv.BAD_FRAME: 2, semconv.BAD_LINK: 2}
 
 
 def test_it_notices_that_the_relay_has_gone_and_begins_anew_with_the_next(line: Line) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import otel_npu
 from otel_npu import semconv
 from otel_npu.capture import context
-from otel_npu.capture.records import Rank
+from otel_npu.capture.records import Rank, new_step
 from otel_npu.capture.steps import Step
 from otel_npu.slow import SlowSteps
 from otel_npu.wire import frames
@@ -140,7 +140,7 @@ class Engine:
 
     def _run(self, kind: str, number: int, ids: context.Ids, tokens: int, *, stalled: bool) -> None:
         own = context.child_of(ids.trace_id, ids.span_id, kept=ids.kept)
-        step = Step(self._recorder, kind, (), None, ids=own, rank=Rank(0, returns_output=True))
+        step = new_step(Step, self._recorder, kind, (), None, own, Rank(0, returns_output=True))
         step.open()
         step.number = number
         self._launched_ns = 0
