@@ -44,7 +44,9 @@ class Relay:
     def run(self, packet: bytes) -> None:
         """A worker tells of a step."""
         worker = self._clients[1]
-        worker.assembler.step(frames.decode_frame(packet), functools.partial(self.joiner.ran, worker))
+        step = frames.decode_frame(packet)
+        assert isinstance(step, frames.Step)
+        worker.assembler.step(step, functools.partial(self.joiner.ran, worker))
 
     def take(self, frame: Any) -> None:
         """The engine tells something."""
