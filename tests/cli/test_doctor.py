@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 VLLM_HOOKS = [hook for hook in HOOKS if hook.package == "vllm" and hooks.in_range(hook, "0.32.0")]
 NOT_NEEDED = "not_applicable"
+DYNAMO = {"torch._dynamo": "def disable(): ...\n"}  # as every torch has
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ class TestTheDevice:
         assert "+-" in report["device clock"]["found"]
 
     def test_no_npu_and_no_torch_npu_is_no_fault(self, bare_python: str, tmp_path: Path) -> None:
-        packages = write_modules(tmp_path, {"torch": "__version__ = '2.10.0+cpu'\n"})
+        packages = write_modules(tmp_path, {"torch": "__version__ = '2.10.0+cpu'\n", **DYNAMO})
         environment = {"OTEL_TRACES_EXPORTER": "none", "PYTHONPATH": str(packages)}
         report = doctor(environment, python=bare_python)
         assert report.code == 0
@@ -118,13 +119,13 @@ class TestTheDevice:
         assert_red(other["devices"], "torch has no 'cuda' here", "OTEL_NPU_DEVICE=auto")
 
     def test_torch_and_torch_npu_of_different_versions(self, bare_python: str, tmp_path: Path) -> None:
-        stubs = {"torch": "__version__ = '2.10.0'\n", "torch_npu": "__version__ = '2.5.1.post1'\n"}
+        stubs = {**DYNAMO, "torch": "__version__ = '2.10.0'\n", "torch_npu": "__version__ = '2.5.1.post1'\n"}
         report = doctor({**QUICK, "OTEL_NPU_DEVICE": "auto", "PYTHONPATH": str(write_modules(tmp_path, stubs))})
         assert_red(report["torch_npu"], "2.5.1.post1 with torch 2.10.0", "pip install torch-npu==2.10.*")
 
     def test_a_crash_is_told_and_stops_nothing_else(self, tmp_path: Path) -> None:
         crash = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
-        packages = write_modules(tmp_path, {"torch": crash})
+        packages = write_modules(tmp_path, {"torch": crash, **DYNAMO})
         report = doctor({"OTEL_TRACES_EXPORTER": "none", "PYTHONPATH": str(packages)})
         assert_red(report["torch"], "SIGSEGV", "")
         assert report["torch_npu"]["status"] == "warning"
