@@ -69,7 +69,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml hatch_build.py otel_npu/_native.c
 	@echo "Installing otel-npu into $(VENV) ..."
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
