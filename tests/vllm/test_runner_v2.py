@@ -113,7 +113,7 @@ print(json.dumps([[stage.name for stage in step.stages], step.attributes["npu.gr
 
 
 def test_its_methods_are_stages(run_program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    done = run_program(PROGRAM, {**vllm_environment(tmp_path), "OTEL_NPU_DEVICE": "cpu"}, timeout=120)
+    done = run_program(PROGRAM, {**vllm_environment(tmp_path), "OTEL_NPU_DEVICE": "cpu"})
     names, mode = json.loads(done.stdout.splitlines()[-1])
     assert names == ["forward", "forward", "prepare_input", "prepare_attention", "sample", "post_process"]
     assert mode == "none"
