@@ -29,7 +29,9 @@ _said: set[str] = set()
 
 def install() -> None:
     """Tell Dynamo, now or as soon as it has been imported."""
-    hooks.install([hooks.Hook("torch", "torch._dynamo", "disable", _teach)])
+    hook = hooks.Hook("torch", "torch._dynamo", "disable", _teach)
+    if "torch._dynamo" in sys.modules or hooks.check(hook) is None:  # a torch that has none is no fault
+        hooks.install([hook])
 
 
 def _teach(disable: Callable[..., Any]) -> Callable[..., Any]:

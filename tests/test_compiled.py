@@ -9,8 +9,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.helpers import REPOSITORY
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
@@ -182,3 +185,10 @@ def test_a_dynamo_that_is_not_what_we_know_is_one_warning(
         {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
     assert done.stderr.count("could not be hooked") == 1
+
+
+def test_a_torch_without_dynamo_is_no_fault(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    folder.joinpath("__init__.py").write_text("__version__ = '1.13'")
+    assert run_program("import otel_npu", {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}).stderr == ""
