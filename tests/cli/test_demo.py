@@ -135,6 +135,7 @@ class TestPicture:
         assert _bar(start, length, 4, ("█", "▌", "▐")) == bar
 
 
+@pytest.mark.slow
 class TestSpans:
     @pytest.mark.parametrize("protocol", ["grpc", "http"])
     def test_every_request_goes_to_the_endpoint_whole_as_a_servers_would(
@@ -168,6 +169,7 @@ class TestSpans:
         assert len(receiver.named("prefill_step")) > 1
 
 
+@pytest.mark.slow
 class TestFailure:
     def test_an_endpoint_that_does_not_answer_is_an_error_that_names_it(self) -> None:
         with socket.socket() as taken:  # bound, not listening: nobody else gets the port
@@ -287,6 +289,7 @@ class TestWorkload:
         assert not arrivals.after_step(idle=True)
 
 
+@pytest.mark.slow
 class TestForever:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_it_serves_until_a_signal_ends_it(

@@ -71,6 +71,7 @@ def stub_vllm(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+@pytest.mark.slow
 class TestTheDevice:
     def test_without_torch(self, bare_python: str) -> None:
         report = doctor({"OTEL_TRACES_EXPORTER": "none"}, python=bare_python)
@@ -312,6 +313,7 @@ class TestTheEnvironment:
         assert finding.status is status
 
 
+@pytest.mark.slow
 class TestTheRelay:
     def test_a_folder_that_is_not_private(self, tmp_path: Path) -> None:
         folder = tmp_path / f"otel-npu-{os.getuid()}"
@@ -341,6 +343,7 @@ class TestTheRelay:
         assert {report[check]["status"] for check in ("socket folder", "relay")} == {NOT_NEEDED}
 
 
+@pytest.mark.slow
 class TestARunningServer:
     @pytest.fixture
     def server(self, receiver: Receiver) -> Iterator[subprocess.Popen[bytes]]:
