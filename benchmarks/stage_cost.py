@@ -139,21 +139,23 @@ def resolving_behind_a_slow_task(torch: Any, simulator: Simulator, rounds: int) 
     """Median microseconds for which resolving a finished step holds its thread, while a task holds up the queue."""
     recorder = switch.current_recorder()
     assert recorder is not None
-    state = recorder.local.state
+    thread = recorder.local.thread
     slow = torch.Event(device="npu:0", enable_timing=True)
     costs = []
     for _ in range(rounds):
-        with state.lock:  # so that nobody else resolves them
+        with thread.lock:
+            thread.busy = True  # so that nobody else resolves them
             whole_steps()
             torch.npu.synchronize()
             simulator.configure(dispatch_delay_ns=20_000_000)
             slow.record()
-            while state.pending:
+            while thread.pending:
                 began = perf_counter_ns()
-                recorder._resolver.resolve(state, 1)
+                recorder._resolver.resolve(thread, 1)
                 costs.append(perf_counter_ns() - began)
             assert not slow.query(), "the task was no longer slow"
             simulator.configure(dispatch_delay_ns=0)
+            thread.busy = False
         torch.npu.synchronize()
     return statistics.median(costs) / 1000
 
