@@ -18,7 +18,8 @@ static PyObject *open_step; /* the context variable of `context.py` */
 static PyTypeObject *Ids;   /* the named tuple of `context.py` */
 static PyObject *no_rank;   /* of `context.py` */
 static PyObject *append;    /* `deque.append` */
-static long long batch_steps, batch_ns;
+static PyObject *host_stream; /* of `devices/cpu.py` */
+static long long batch_steps;
 static PyObject *test_clock; /* a clock in the place of the host's, for tests */
 #define NAMES(X) \
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
@@ -80,6 +81,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *attributes, *capture, *device_ns, *duration_ns, *error, *name, *pair, *step, *stream;
     long long entered_ns, exited_ns;
+    char host;
 } StageRecord;
 
 typedef struct {
@@ -224,6 +226,7 @@ static PyMemberDef stage_members[] = {
     {"capture", T_OBJECT_EX, offsetof(StageRecord, capture), READONLY, NULL},
     {"entered_ns", T_LONGLONG, offsetof(StageRecord, entered_ns), 0, NULL},
     {"exited_ns", T_LONGLONG, offsetof(StageRecord, exited_ns), 0, NULL},
+    {"host", T_BOOL, offsetof(StageRecord, host), 0, NULL},
     {NULL},
 };
 
@@ -724,7 +727,7 @@ static int enter(StageRecord *self, PyObject **pair)
         Py_XDECREF(step);
         return step == NULL ? -1 : 0;
     }
-    PyObject *stream = find_stream((CaptureRecord *)self->capture);
+    PyObject *stream = self->host ? Py_NewRef(host_stream) : find_stream((CaptureRecord *)self->capture);
     int side = stream == NULL ? -1 : flag(stream, str_side);
     if (side < 0 || (*pair = find_pair(self, step, stream)) == NULL)
         goto failed;
@@ -918,7 +921,7 @@ static PyObject *new_step(PyObject *module, PyObject *const *args, Py_ssize_t co
     return (PyObject *)step;
 }
 
-static PyObject *make_stage(PyTypeObject *of, PyObject *capture, PyObject *name, PyObject *attributes)
+static PyObject *make_stage(PyTypeObject *of, PyObject *capture, PyObject *name, PyObject *attributes, int host)
 {
     StageRecord *stage = (StageRecord *)of->tp_alloc(of, 0);
     if (stage == NULL)
@@ -927,16 +930,18 @@ static PyObject *make_stage(PyTypeObject *of, PyObject *capture, PyObject *name,
     stage->name = Py_NewRef(name);
     stage->attributes = Py_NewRef(attributes);
     stage->step = Py_NewRef(Py_None);
+    stage->host = (char)host;
     return (PyObject *)stage;
 }
 
 static PyObject *new_stage(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 4 || !is_class(args[0], &StageRecord_Type) || !PyObject_TypeCheck(args[1], &CaptureRecord_Type)) {
+    if (count < 4 || count > 5 || !is_class(args[0], &StageRecord_Type) ||
+        !PyObject_TypeCheck(args[1], &CaptureRecord_Type)) {
         PyErr_SetString(PyExc_TypeError, "new_stage() takes a class of stages, a capture, a name and attributes");
         return NULL;
     }
-    return make_stage((PyTypeObject *)args[0], args[1], args[2], args[3]);
+    return make_stage((PyTypeObject *)args[0], args[1], args[2], args[3], count == 5 && args[4] == Py_True);
 }
 
 /* `stage()` and `step()` of `capture/switch.py`, as far as they are called with a name alone while tracing is on, or
@@ -961,7 +966,7 @@ static PyObject *front_stage(PyObject *module, PyObject *const *args, Py_ssize_t
         PyObject *capture = capturing();
         if (capture != NULL) {
             PyObject *attributes = PyDict_New();
-            PyObject *stage = attributes == NULL ? NULL : make_stage(front.Stage, capture, args[0], attributes);
+            PyObject *stage = attributes == NULL ? NULL : make_stage(front.Stage, capture, args[0], attributes, 0);
             Py_XDECREF(attributes);
             return stage;
         }
@@ -1405,10 +1410,11 @@ static PyObject *read_events(PyObject *module, PyObject *args)
 
 static PyObject *use(PyObject *module, PyObject *args)
 {
-    PyObject *variable, *ids, *rank;
-    if (!PyArg_ParseTuple(args, "O!O!OLL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &batch_steps,
-                          &batch_ns))
+    PyObject *variable, *ids, *rank, *stream;
+    if (!PyArg_ParseTuple(args, "O!O!OOL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &stream,
+                          &batch_steps))
         return NULL;
+    GIVE(host_stream, Py_NewRef(stream));
     GIVE(open_step, Py_NewRef(variable));
     Py_INCREF(ids);
     Py_XSETREF(Ids, (PyTypeObject *)ids);
@@ -1435,7 +1441,7 @@ static PyMethodDef functions[] = {
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
     {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
     {"seed", seed, METH_O, "Begin the random numbers anew, from 32 bytes."},
-    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, and how many steps or ns make a batch."},
+    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, the host's stream, and how many steps make a batch."},
     {"use_clock", use_clock, METH_O, "A clock in the place of the host's, for tests; None for the host's."},
     {NULL},
 };

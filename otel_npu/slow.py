@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +21,25 @@ WINDOW: Final = 64
 ENOUGH: Final = 10
 """Nothing is judged before so many."""
 _MAX_CLASSES: Final = 256
+_FEW: Final = 32
+_LOOK_EVERY: Final = 8
+
+
+class _Usual:
+    """What is usual for one kind of step. Worked out now and then: with each step it would be dear (cold caches)."""
+
+    __slots__ = ("latest", "look_in", "median_ns")
+
+    def __init__(self) -> None:
+        self.latest: deque[int] = deque(maxlen=WINDOW)
+        self.median_ns: float = math.inf
+        self.look_in = ENOUGH
+        """After so many more steps it is worked out again: soon as long as there are few."""
+
+    def look(self) -> None:
+        """Work it out."""
+        self.median_ns = sorted(self.latest)[len(self.latest) // 2]
+        self.look_in = 1 if len(self.latest) < _FEW else _LOOK_EVERY
 
 
 class SlowSteps:
@@ -36,7 +54,7 @@ class SlowSteps:
     def __init__(self, factor: float, drops: Drops, now: Callable[[], int] | None = None) -> None:
         self._factor = factor
         self._drops = drops
-        self._classes: dict[Hashable, tuple[deque[int], list[int]]] = {}
+        self._classes: dict[Hashable, _Usual] = {}
         self._limiter = Limiter(SLOW_PER_SECOND) if now is None else Limiter(SLOW_PER_SECOND, now)
 
     def judge(self, kind: Hashable, duration_ns: int, *, kept: bool = False) -> bool:
@@ -53,13 +71,12 @@ class SlowSteps:
         if known is None:
             if len(self._classes) >= _MAX_CLASSES:
                 return False
-            known = self._classes[kind] = (deque(), [])
-        latest, ordered = known
-        slow = len(ordered) >= ENOUGH and duration_ns > self._factor * ordered[len(ordered) // 2]
-        latest.append(duration_ns)
-        insort(ordered, duration_ns)
-        if len(latest) > WINDOW:
-            del ordered[bisect_left(ordered, latest.popleft())]
+            known = self._classes[kind] = _Usual()
+        slow = duration_ns > self._factor * known.median_ns
+        known.latest.append(duration_ns)
+        known.look_in -= 1
+        if not known.look_in:
+            known.look()
         if not slow or kept:
             return False
         if not self._limiter.allow(""):

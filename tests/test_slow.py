@@ -86,5 +86,5 @@ def test_its_memory_is_bounded() -> None:
     for number in range(100_000):
         slow_steps.judge(("kind", number % 5000), random.randrange(MS))
     assert len(slow_steps._classes) == 256
-    assert all(len(latest) <= WINDOW and len(ordered) <= WINDOW for latest, ordered in slow_steps._classes.values())
+    assert all(len(usual.latest) <= WINDOW for usual in slow_steps._classes.values())
     assert sys.getsizeof(slow_steps._classes) < 20_000

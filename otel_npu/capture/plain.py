@@ -14,6 +14,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from otel_npu.capture.context import NO_IDS, NO_RANK, open_step
+from otel_npu.devices.cpu import HOST_STREAM
 from otel_npu.wire.frames import MAX_STAGES
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ class StageRecord:
         attributes: What the program says of it, taken when it was given.
         step: The step it belongs to; None before it is entered, and for a stage that is left out.
         pair: Its events; None where only the host times it, and once it is resolved.
+        host: Whether it does no work on the device: then only the host times it, and it is left out where no step is.
         stream: Where it ran: `device_index` and `stream_id`.
         entered_ns: Host time just before the start event was recorded.
         exited_ns: Host time just before the end event was recorded; 0 while the stage is open.
@@ -265,6 +267,7 @@ class StageRecord:
         "entered_ns",
         "error",
         "exited_ns",
+        "host",
         "name",
         "pair",
         "step",
@@ -278,6 +281,7 @@ class StageRecord:
     entered_ns: int
     error: type[BaseException] | None
     exited_ns: int
+    host: bool
     name: str
     pair: Any
     step: Any
@@ -294,7 +298,9 @@ class StageRecord:
                 step = self._step(step)
                 if step is None:
                     return
-            stream = capture.streams.get(capture.current_stream_key()) or capture.stream()
+            stream: Any = HOST_STREAM
+            if not self.host:
+                stream = capture.streams.get(capture.current_stream_key()) or capture.stream()
             if not stream.timed:
                 if len(step.stages) >= MAX_STAGES:
                     self._too_many()
@@ -398,12 +404,13 @@ def new_step(
     return step
 
 
-def new_stage(of: type[_S], capture: Any, name: str, attributes: dict[str, Any]) -> _S:
+def new_stage(of: type[_S], capture: Any, name: str, attributes: dict[str, Any], host: bool = False) -> _S:
     """A stage to be entered. Not by a constructor: without one it is made in two thirds of the time."""
     stage = _new(of)
     stage.capture = capture
     stage.name = name
     stage.attributes = attributes
+    stage.host = host
     stage.step = None
     return stage
 

@@ -57,6 +57,8 @@ class Recorder(Capture):
         self._switch = switch
         self._instance_id = str(uuid.UUID(bytes=os.urandom(16), version=4))
         self._channel = Channel(self._hello, self.drops)
+        self.defer = self._channel.defer
+        """Sends a frame of which there is one a step, together with those of the next steps."""
         self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
         self._link = RelayLink(self._channel, settings, self.drops)
         self._places: dict[int, frames.Attributes] = {}
@@ -101,10 +103,6 @@ class Recorder(Capture):
     def send(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
         """Send a frame that comes from elsewhere than a step; `dropped` are the counts in it, if any."""
         self._channel.send(frames.encode(frame), dropped or {})
-
-    def defer(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
-        """Send a frame of which there is one a step, together with those of the next steps."""
-        self._channel.defer(frame, dropped or {})
 
     def describe(self, rank: Rank, attributes: dict[str, frames.AttributeValue]) -> None:
         """Say once what is true of all steps of a rank."""

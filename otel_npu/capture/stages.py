@@ -11,7 +11,6 @@ from otel_npu.capture.context import open_step
 from otel_npu.capture.decorate import again, decorate
 from otel_npu.capture.records import STAGE_FIELDS, StageRecord, new_step
 from otel_npu.capture.steps import Step, enclosing
-from otel_npu.devices.cpu import HOST_STREAM
 from otel_npu.interrupts import from_outside
 from otel_npu.wire.frames import MAX_STAGES
 
@@ -69,9 +68,9 @@ class Stage(StageRecord):
         pool.free.append(pair)
 
     def _step(self, around: Step | None) -> Step | None:
-        """The step that is open here; where there is none, a stage is a step of its own."""
+        """The step that is open here; where there is none, a stage with work on the device is a step of its own."""
         step = None if around is None else enclosing(around, self.capture)
-        if step is None:
+        if step is None and not self.host:
             step = new_step(Step, self.capture, self.name, (), None)
             step.bare = True
             step.open()
@@ -168,31 +167,6 @@ class Stage(StageRecord):
             if hasattr(self, field):
                 setattr(record, field, getattr(self, field))
         return record
-
-
-class HostStage(Stage):
-    """A stage that does no work on the device: only the host's clock times it. Left out when it is in no step."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        if self.step is not None and not self._enter_again():
-            return
-        step = open_step.get()
-        if step is not None and (step.closed_ns or step.bare or step.capture is not self.capture):
-            step = enclosing(step, self.capture)
-        if step is None:
-            return
-        self.pair = None
-        if len(step.stages) >= MAX_STAGES:
-            self.capture.drops.add(semconv.STEP_TOO_LARGE)
-            _LeftOut(self)
-            return
-        self.stream = HOST_STREAM
-        self.exited_ns = 0
-        self.entered_ns = perf_counter_ns()
-        step.stages.append(self)
-        self.step = step
 
 
 class _LeftOutError(Exception):

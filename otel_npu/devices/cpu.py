@@ -17,6 +17,9 @@ class HostStream:
 
     device_index = 0
     stream_id = 0
+    side = False
+    timed = False
+    """By no event: nothing is to be waited for."""
 
 
 HOST_STREAM: Final = HostStream()

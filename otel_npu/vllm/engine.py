@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.capture import context
@@ -86,13 +86,8 @@ class _Listed:
         return True
 
 
-class _Running(NamedTuple):
-    """A step whose output is still to come."""
-
-    opened_ns: int
-    kind: tuple[str, int]
-    kept: bool
-    listed: _Listed
+_Running: TypeAlias = tuple[int, tuple[str, int], bool, _Listed]
+"""A step whose output is still to come: when it was opened, what it is compared with, whether it is kept, for whom."""
 
 
 class _Member:
@@ -231,7 +226,7 @@ class EngineSteps:
         slow: tuple[bytes, ...] = ()
         if self._slow:
             slow, self._slow = tuple(self._slow), []
-        self._running[span_id] = _Running(opened_ns, (kind, total_tokens.bit_length()), kept, listed)
+        self._running[span_id] = (opened_ns, (kind, total_tokens.bit_length()), kept, listed)
         if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
             del self._running[next(iter(self._running))]
         number = next(self._step_numbers)
@@ -349,7 +344,7 @@ class EngineSteps:
         outputs = result.values() if isinstance(result, dict) else (result,)
         if verified is None and running is not None and len(outputs) == 1:
             (only,) = outputs
-            if running.listed.each_has_one(only.outputs):
+            if running[3].each_has_one(only.outputs):
                 recorder.defer(frames.Updated(span_id, updated_ns, [], [], [], keep, each=1))
                 return
         told = self._told(span_id, updated_ns, keep, verified, outputs)
@@ -414,9 +409,10 @@ class EngineSteps:
             return ""
         if self._slow_steps is None:
             self._slow_steps = SlowSteps(recorder.settings.slow_step, recorder.drops)
-        added_ns = updated_ns - max(running.opened_ns, self._updated_ns)
+        opened_ns, kind, kept, _ = running
+        added_ns = updated_ns - max(opened_ns, self._updated_ns)
         self._updated_ns = updated_ns
-        if not self._slow_steps.judge(running.kind, added_ns, kept=running.kept):
+        if not self._slow_steps.judge(kind, added_ns, kept=kept):
             return ""
         self._slow.append(span_id)
         return semconv.SLOW

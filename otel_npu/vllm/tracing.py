@@ -33,7 +33,7 @@ def recorder(endpoint: Callable[[], str | None]) -> Recorder | None:
     """
     if not _begun:
         _begin(endpoint)
-    return None if _failed else switch.current_recorder()
+    return None if _failed else switch._recorder or switch.current_recorder()
 
 
 def config_endpoint(vllm_config: Any) -> Callable[[], str | None]:

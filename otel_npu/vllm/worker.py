@@ -13,7 +13,7 @@ from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.capture.context import Ids, new_bytes
 from otel_npu.capture.records import Rank, new_stage, new_step
-from otel_npu.capture.stages import HostStage, Stage
+from otel_npu.capture.stages import Stage
 from otel_npu.capture.steps import Step
 from otel_npu.vllm import stages, tracing
 from otel_npu.vllm.engine import STEP_ATTRIBUTE
@@ -250,14 +250,17 @@ def _samples(worker: Any) -> bool:
 def scope(name: str) -> contextlib.AbstractContextManager[None]:
     """A scope of vLLM's or vllm-ascend's: a stage of the worker's step that is open on this thread, else nothing."""
     step = _thread.step
-    if step is None or step.kind == _DUMMY or switch.current_recorder() is not step.capture:
+    if step is None or step.kind == _DUMMY or switch._recorder is not step.capture:
         return _NOTHING
-    entry = stages.canonical(name)
-    if entry.timing is stages.IGNORED:
+    entry = stages.STAGES.get(name) if type(name) is str else None  # nearly always there
+    if entry is None:
+        entry = stages.canonical(name)
+    canonical, timing, attributes = entry
+    if timing is stages.IGNORED:
         return _NOTHING
-    if entry.name == _FORWARD:
+    if canonical == _FORWARD:
         _add_graph_mode(step)
-    return new_stage(HostStage if entry.timing is stages.HOST else Stage, step.capture, entry.name, entry.attributes)
+    return new_stage(Stage, step.capture, canonical, attributes, timing is stages.HOST)
 
 
 _NOTHING: Final = contextlib.nullcontext()
