@@ -57,8 +57,8 @@ class Recorder(Capture):
         self._switch = switch
         self._instance_id = str(uuid.UUID(bytes=os.urandom(16), version=4))
         self._channel = Channel(self._hello, self.drops)
-        self.defer = self._channel.defer
-        """Sends a frame of which there is one a step, together with those of the next steps."""
+        self.defer, self.send_deferred = self._channel.defer, self._channel.send_deferred
+        """For frames of which there is one a step: they are sent together with those of the next steps."""
         self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
         self._link = RelayLink(self._channel, settings, self.drops)
         self._places: dict[int, frames.Attributes] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
@@ -32,6 +33,7 @@ _request_numbers: Final = itertools.count(1)
 
 _MAX_RUNNING: Final = 64
 _LIST_EVERY: Final = 64
+_NO_DROPS: Final[dict[str, int]] = {}
 _NOTHING_FOUND: Final[tuple[list[int], list[int], list[int], int, int]] = ([], [], [], 0, 0)
 _MIXED: Final = "mixed"
 _PREFILL: Final = "prefill"
@@ -126,7 +128,7 @@ class EngineSteps:
         self._running: dict[bytes, _Running] = {}
         """By span id, in the order of scheduling."""
         self._updated_ns = 0
-        self._slow: list[bytes] = []
+        self._slow: deque[bytes] = deque()
         """What the workers are to be told with the next step."""
         for name, wrap in (
             ("add_request", self._around_add_request),
@@ -213,7 +215,7 @@ class EngineSteps:
         if not total_tokens:
             if ended:
                 dropped = recorder.drops.take_unsent()
-                recorder.defer(self._nothing_scheduled(opened_ns, scheduled_ns, ended, dropped), dropped)
+                recorder.defer(dropped, self._nothing_scheduled, opened_ns, scheduled_ns, ended, dropped)
             return
         new, preempted = output.scheduled_new_reqs, getattr(output, "preempted_req_ids", None)
         listed = self._listed
@@ -225,7 +227,7 @@ class EngineSteps:
         kept = self._kept(recorder, kind)
         slow: tuple[bytes, ...] = ()
         if self._slow:
-            slow, self._slow = tuple(self._slow), []
+            slow = tuple(self._slow.popleft() for _ in range(len(self._slow)))
         self._running[span_id] = (opened_ns, (kind, total_tokens.bit_length()), kept, listed)
         if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
             del self._running[next(iter(self._running))]
@@ -234,28 +236,27 @@ class EngineSteps:
         requests, tokens, prefills = listed.lists if listed.span_id is None else ([], [], [])
         dropped = recorder.drops.take_unsent()
         recorder.defer(
-            frames.Scheduled(
-                trace_id,
-                span_id,
-                number,
-                kind,
-                opened_ns,
-                scheduled_ns,
-                self._ranks,
-                total_tokens,
-                len(output.num_scheduled_tokens),
-                requests,
-                tokens,
-                prefills,
-                self._numbers(preempted) if preempted else [],
-                ended,
-                dropped,
-                kept,
-                self._pipeline,
-                *(self._found(new) if new else _NOTHING_FOUND),
-                listed.span_id or b"",
-            ),
             dropped,
+            frames.Scheduled,
+            trace_id,
+            span_id,
+            number,
+            kind,
+            opened_ns,
+            scheduled_ns,
+            self._ranks,
+            total_tokens,
+            len(output.num_scheduled_tokens),
+            requests,
+            tokens,
+            prefills,
+            self._numbers(preempted) if preempted else [],
+            ended,
+            dropped,
+            kept,
+            self._pipeline,
+            *(self._found(new) if new else _NOTHING_FOUND),
+            listed.span_id or b"",
         )
         if listed.span_id is None:
             listed.span_id = span_id
@@ -340,28 +341,54 @@ class EngineSteps:
         updated_ns = perf_counter_ns()
         span_id = step[1]
         running = self._running.pop(span_id, None)
-        keep = "" if running is None else self._judge(recorder, span_id, running, updated_ns)
         outputs = result.values() if isinstance(result, dict) else (result,)
         if verified is None and running is not None and len(outputs) == 1:
             (only,) = outputs
             if running[3].each_has_one(only.outputs):
-                recorder.defer(frames.Updated(span_id, updated_ns, [], [], [], keep, each=1))
+                recorder.defer(_NO_DROPS, self._word, recorder, span_id, updated_ns, running, 1)
                 return
-        told = self._told(span_id, updated_ns, keep, verified, outputs)
-        if not told.finished:
-            recorder.defer(told)
+        told = self._told(verified, outputs)
+        recorder.defer(_NO_DROPS, self._word, recorder, span_id, updated_ns, running, 0, *told)
+        if not told[2]:
             return
-        recorder.send(told)
         thread = recorder.local.thread
         if thread.pending:
             # Its worker is this thread too. Nobody closes a step after a request's last one, and a program that ends
             # may keep the idle thread waiting for longer than the relay waits for that step.
             recorder.resolve(thread)
+        recorder.send_deferred()
 
-    def _told(
-        self, span_id: bytes, updated_ns: int, keep: str, verified: Verified | None, results: Iterable[Any]
+    def _word(
+        self,
+        recorder: Recorder,
+        span_id: bytes,
+        updated_ns: int,
+        running: _Running | None,
+        each: int,
+        requests: Sequence[int] = (),
+        new_tokens: Sequence[int] = (),
+        finished: Sequence[int] = (),
+        totals: tuple[Any, ...] = (),
     ) -> frames.Updated:
-        """What came of a step, request by request."""
+        """What the relay is told of a step's output."""
+        keep = "" if running is None else self._judge(recorder, span_id, running, updated_ns)
+        drafted, accepted, total_drafted, total_accepted = totals or ([], [], 0, 0)
+        return frames.Updated(
+            span_id,
+            updated_ns,
+            [*requests],
+            [*new_tokens],
+            [*finished],
+            keep,
+            drafted,
+            accepted,
+            total_drafted,
+            total_accepted,
+            each,
+        )
+
+    def _told(self, verified: Verified | None, results: Iterable[Any]) -> tuple[Any, ...]:
+        """What came of a step, request by request: as `_word` takes it."""
         requests: list[int] = []
         new_tokens: list[int] = []
         finished: list[int] = []
@@ -385,7 +412,7 @@ class EngineSteps:
                     if output.finish_reason is not None:
                         finished.append(member.number)
         totals = () if verified is None else (drafted, accepted, verified.drafted, verified.accepted)
-        return frames.Updated(span_id, updated_ns, requests, new_tokens, finished, keep, *totals)
+        return requests, new_tokens, finished, totals
 
     def _recorder(self) -> Recorder | None:
         return tracing.recorder(self._endpoint)

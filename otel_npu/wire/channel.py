@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.drops import add_up
@@ -58,7 +58,7 @@ class Channel:
         self._greeted = False
         self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
-        self._deferred: deque[tuple[frames.Frame, dict[str, int]]] = deque()
+        self._deferred: deque[tuple[dict[str, int], Callable[..., frames.Frame], tuple[Any, ...]]] = deque()
         self._deferred_since_ns = 0
         self._lock = threading.RLock()  # a signal handler of the program's may flush in the midst of a send
         self._reading = threading.RLock()
@@ -88,24 +88,37 @@ class Channel:
             self._greeted = False
         self.drain()
 
-    def defer(self, frame: frames.Frame, dropped: dict[str, int] = _NOTHING) -> None:
-        """Send a frame with those to come: with the 16th, or when the first has waited for 50 ms, or before another.
+    def defer(self, dropped: dict[str, int], make: Callable[..., frames.Frame], *args: Any) -> None:
+        """Make a frame and send it with those to come: with the 16th, or when the first has waited for 50 ms.
 
-        To send is dear where it is done once between two steps: see `benchmarks/vllm_step_cost.py`.
+        Or before another is sent. What is done once between two steps is dear: see `benchmarks/vllm_step_cost.py`. It
+        may be made on another thread, but never two at once, and in the order in which they were deferred.
+
+        Args:
+            dropped: The drop counts in it, if any; should it be dropped, they go with a later one.
+            make: Makes it of the arguments.
+            args: What it is to say.
         """
         now_ns = perf_counter_ns()
         if not self._deferred:
             self._deferred_since_ns = now_ns
-        self._deferred.append((frame, dropped))
+        self._deferred.append((dropped, make, args))
         if len(self._deferred) >= _DEFERRED or now_ns - self._deferred_since_ns > _DEFERRED_NS:
             self.send_deferred()
 
     def send_deferred(self) -> None:
-        """Send what was deferred, in as few packets as it needs. A frame that can't be sent costs no other."""
+        """Send what was deferred, in as few packets as it needs. A frame that can't be made or sent costs no other."""
         with self._lock:
             together: list[tuple[frames.Frame, dict[str, int]]] = []
             while self._deferred:
-                together.append(self._deferred.popleft())
+                dropped, make, args = self._deferred.popleft()
+                try:
+                    together.append((make(*args), dropped))
+                except Exception as error:
+                    self._drop(semconv.INTERNAL_ERROR, dropped)
+                    if from_outside(error):
+                        raise
+                    _log.debug("a frame could not be made", exc_info=True)
             self._send_together(together)
 
     def _send_together(self, together: list[tuple[frames.Frame, dict[str, int]]]) -> None:

@@ -44,6 +44,7 @@ DEVICE_NS: Final = -987_654_321_000  # device time minus host time
 MS: Final = 1_000_000
 LATE_RANK: Final = 5
 LATE_NS: Final = 4 * MS
+DEFERRED_NS = 50_000_000  # for so long the engine keeps frames back, to send several at once
 STAGES: Final = {
     "prepare_input": 900_000,
     "forward": 8_000_000,
@@ -149,7 +150,9 @@ class Fleet:
         per_second: int = 50,
     ) -> None:
         self._sent: list[Any] = []
+        self._deferred: list[tuple[int, Any, tuple[Any, ...]]] = []
         monkeypatch.setattr(captured.recorder, "send", lambda frame, _=None: self._sent.append(frame))
+        monkeypatch.setattr(captured.recorder, "defer", self._defer)
         self.relays = relays
         self.ranks = len(relays)
         self.slow: set[int] = set()
@@ -186,8 +189,19 @@ class Fleet:
             self._tell_relays()
         while running:
             self._update(*running.pop(0))
+        self._make_deferred()
+        self._tell_relays()
         for relay in dict.fromkeys(self.relays):
             relay.at(self._free_ns + 10_000_000_000)
+
+    def _defer(self, _dropped: dict[str, int], make: Any, *args: Any) -> None:
+        self._deferred.append((self._ns, make, args))
+        if self._ns - self._deferred[0][0] > DEFERRED_NS:
+            self._make_deferred()
+
+    def _make_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        self._sent += [make(*args) for _, make, args in deferred]
 
     def _schedule(self) -> Any:
         return types.SimpleNamespace(

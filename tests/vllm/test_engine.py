@@ -385,10 +385,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         yield Run(captured, scheduler, monkeypatch)
 
 
-def test_a_slow_step_is_told_with_its_output_and_the_workers_with_the_next(run: Run) -> None:
+def test_a_slow_step_is_told_with_its_output_and_the_workers_with_a_step_soon_after(run: Run) -> None:
     run.steps(20)
     slow = run.schedule()
     run.update(slow, 31)
+    assert run.reasons()[-1] == "slow"  # by now what was deferred has been sent
     after = run.schedule()
     run.update(after, 10)
     last = run.schedule()

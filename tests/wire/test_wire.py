@@ -300,8 +300,9 @@ def test_threads_share_it_and_each_ones_frames_stay_in_order(line: Line) -> None
 def test_what_is_deferred_goes_with_the_sixteenth_of_it(line: Line) -> None:
     for number in range(16):
         assert line.arrived() == []
-        line.channel.defer(updated(closed_ns=number))
-    assert [frame.closed_ns for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)] == list(range(16))
+        line.channel.defer({}, updated, 1 + number)
+    numbers = [frame.span_id for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)]
+    assert numbers == [number.to_bytes(8, "big") for number in range(1, 17)]
 
 
 def test_what_is_deferred_goes_when_the_first_of_it_has_waited_for_long(
@@ -309,17 +310,17 @@ def test_what_is_deferred_goes_when_the_first_of_it_has_waited_for_long(
 ) -> None:
     now = itertools.chain([0, 50_000_000], itertools.repeat(50_000_001)).__next__
     monkeypatch.setattr(channel_module, "perf_counter_ns", now)
-    line.channel.defer(updated())
-    line.channel.defer(updated())
+    line.channel.defer({}, updated)
+    line.channel.defer({}, updated)
     assert line.arrived() == []
-    line.channel.defer(updated())
+    line.channel.defer({}, updated)
     assert len(line.arrived()) == 1 + 3
 
 
 def test_what_is_deferred_goes_before_whatever_is_sent_after_it_and_when_it_is_asked_for(line: Line) -> None:
-    line.channel.defer(updated())
+    line.channel.defer({}, updated)
     line.send(1)
-    line.channel.defer(updated())
+    line.channel.defer({}, updated)
     assert not line.channel.empty
     line.channel.send_deferred()
     assert line.channel.empty
@@ -331,10 +332,11 @@ def test_a_deferred_frame_that_can_not_be_sent_costs_no_other(line: Line) -> Non
     bad = updated(keep="\udcff")
     large = scheduled(kind="k" * frames.MAX_FRAME_BYTES)
     for frame in (updated(closed_ns=1), bad, large, updated(closed_ns=2)):
-        line.channel.defer(frame, {semconv.BAD_LINK: 1})
+        line.channel.defer({semconv.BAD_LINK: 1}, lambda each: each, frame)
+    line.channel.defer({semconv.BAD_LINK: 1}, frames.Updated)
     line.channel.send_deferred()
     assert [frame.closed_ns for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)] == [1, 2]
-    assert line.drops.take_unsent() == {semconv.BAD_FRAME: 2, semconv.BAD_LINK: 2}
+    assert line.drops.take_unsent() == {semconv.BAD_FRAME: 2, semconv.INTERNAL_ERROR: 1, semconv.BAD_LINK: 3}
 
 
 def test_it_notices_that_the_relay_has_gone_and_begins_anew_with_the_next(line: Line) -> None:
