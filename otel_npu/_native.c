@@ -19,7 +19,7 @@ static PyTypeObject *Ids;   /* the named tuple of `context.py` */
 static PyObject *no_rank;   /* of `context.py` */
 static PyObject *append;    /* `deque.append` */
 static PyObject *host_stream; /* of `devices/cpu.py` */
-static long long batch_steps;
+static long long batch_ns;   /* of `plain.py` */
 static PyObject *test_clock; /* a clock in the place of the host's, for tests */
 #define NAMES(X) \
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
@@ -57,6 +57,7 @@ static int now_ns(long long *ns)
 typedef struct {
     PyObject_HEAD
     PyObject *current_stream_key, *limiter, *local, *step_numbers, *streams;
+    long long batch;
     unsigned long long serial; /* which one it is, of all that ever were */
     char device_is_open_question, root_traces, running;
 } CaptureRecord;
@@ -64,7 +65,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *lock, *open, *pending, *thread;
-    long long waiting_since_ns;
+    long long waiting, waiting_since_ns;
     char busy;
 } ThreadRecord;
 
@@ -189,6 +190,7 @@ static PyMemberDef capture_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(CaptureRecord, field), 0, NULL},
     VISIT_CAPTURE(MEMBER)
 #undef MEMBER
+    {"batch", T_LONGLONG, offsetof(CaptureRecord, batch), 0, NULL},
     {"device_is_open_question", T_BOOL, offsetof(CaptureRecord, device_is_open_question), 0, NULL},
     {"root_traces", T_BOOL, offsetof(CaptureRecord, root_traces), 0, NULL},
     {"running", T_BOOL, offsetof(CaptureRecord, running), 0, NULL},
@@ -199,6 +201,7 @@ static PyMemberDef thread_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(ThreadRecord, field), 0, NULL},
     VISIT_THREAD(MEMBER)
 #undef MEMBER
+    {"waiting", T_LONGLONG, offsetof(ThreadRecord, waiting), 0, NULL},
     {"waiting_since_ns", T_LONGLONG, offsetof(ThreadRecord, waiting_since_ns), 0, NULL},
     {"busy", T_BOOL, offsetof(ThreadRecord, busy), 0, NULL},
     {NULL},
@@ -517,14 +520,16 @@ static int close_step(StepRecord *self, PyObject *error)
     if (appended == NULL || list_open(self, 0) < 0)
         return -1;
     /* What `Recorder.step_closed` does when nothing is due. */
-    Py_ssize_t waiting = PyObject_Length(thread->pending);
-    if (waiting < 0)
-        return -1;
-    int running = ((CaptureRecord *)self->capture)->running;
-    if (running && waiting < batch_steps) {
-        if (waiting == 1)
+    thread->waiting += 1 + PyList_GET_SIZE(self->stages);
+    CaptureRecord *capture = (CaptureRecord *)self->capture;
+    if (capture->running && thread->waiting < capture->batch) {
+        Py_ssize_t pending = PyObject_Length(thread->pending);
+        if (pending == 1)
             thread->waiting_since_ns = closed_ns;
-        return 0;
+        if (pending < 0)
+            return -1;
+        if (closed_ns - thread->waiting_since_ns <= batch_ns)
+            return 0;
     }
     PyObject *closed = PyLong_FromLongLong(closed_ns), *done = NULL;
     if (closed != NULL)
@@ -1412,7 +1417,7 @@ static PyObject *use(PyObject *module, PyObject *args)
 {
     PyObject *variable, *ids, *rank, *stream;
     if (!PyArg_ParseTuple(args, "O!O!OOL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &stream,
-                          &batch_steps))
+                          &batch_ns))
         return NULL;
     GIVE(host_stream, Py_NewRef(stream));
     GIVE(open_step, Py_NewRef(variable));
@@ -1441,7 +1446,7 @@ static PyMethodDef functions[] = {
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
     {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
     {"seed", seed, METH_O, "Begin the random numbers anew, from 32 bytes."},
-    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, the host's stream, and how many steps make a batch."},
+    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, the host's stream, and how long a batch may wait."},
     {"use_clock", use_clock, METH_O, "A clock in the place of the host's, for tests; None for the host's."},
     {NULL},
 };

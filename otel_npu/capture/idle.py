@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
-IDLE_SECONDS: Final = 0.03
-"""Between two looks. With `_OVERDUE_NS` no closed step waits for longer than 100 ms, if its device is done."""
+IDLE_SECONDS: Final = 0.02
+"""Between two looks."""
 OFF_SECONDS: Final = 0.2
 """The same while capture is switched off: it costs what there is to do."""
 WATCH_SECONDS: Final = 1.0
-_STEPS_PER_TICK: Final = 64
-_OVERDUE_NS: Final = BATCH_NS
-"""A thread that closes steps at all often resolves them itself, when the oldest has waited for `BATCH_NS`."""
+_STEPS_PER_TICK: Final = 128
+_BEFORE_NS: Final = round(IDLE_SECONDS * 1e9)
+"""So much before the thread that closes steps would do it."""
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
 _PING_BUDGET_NS: Final = 100_000
 
@@ -52,6 +52,8 @@ class IdleThread:
         self._link = link
         self.flushing = False
         """Whether somebody waits for all that is closed to be resolved."""
+        self._waiting: dict[Thread, int] = {}
+        """What was waiting at the last look."""
         self._pinged = 0
         """How many devices have been pinged."""
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
@@ -105,17 +107,23 @@ class IdleThread:
         return capture.on or self.flushing or any(thread.pending or thread.open for thread in list(capture.threads))
 
     def resolve(self) -> None:
-        """Resolve for the threads that have closed no step since the oldest was due; to flush, for all."""
-        overdue_ns = perf_counter_ns() - _OVERDUE_NS
+        """Resolve for threads that close no more steps, or whose oldest has waited for long enough; to flush, for all.
+
+        Soon where steps are slow: when a step was seen done is a bound for the device's clock.
+        """
+        overdue_ns = perf_counter_ns() - BATCH_NS + _BEFORE_NS
         for thread in list(self._capture.threads):
-            if thread.pending and (self.flushing or thread.waiting_since_ns <= overdue_ns):
+            still = self._waiting.get(thread) == thread.waiting
+            if thread.pending and (still or self.flushing or thread.waiting_since_ns <= overdue_ns):
                 self.resolve_for(thread)
+            self._waiting[thread] = thread.waiting
 
     def resolve_for(self, thread: Thread) -> None:
         """Resolve for this thread, unless it is being resolved."""
         if not thread.busy and thread.lock.acquire(blocking=False):
             try:
                 thread.busy = True
+                thread.waiting = 0
                 self._adopt_thread_for(thread)
                 self._resolver.resolve(thread, _STEPS_PER_TICK)
             finally:
@@ -136,6 +144,7 @@ class IdleThread:
             self._look_after(thread)
             if not thread.alive and not thread.open and not thread.pending:
                 threads.remove(thread)
+                self._waiting.pop(thread, None)
         for pool in list(self._capture.device.pools.values()):
             pool.reclaim()
         if time.monotonic() >= self._next_drop_line:

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from otel_npu.capture.context import Ids, Limiter, Rank
 
 NOT_OPENED: Final = -1
-BATCH_STEPS: Final = 8
-"""So many steps are resolved and sent at once, or fewer when the oldest has waited for `BATCH_NS`. See
-`benchmarks/step_cost.py`: what is run once between two steps is cold, and costs several times as much."""
+BATCH: Final = 128
+"""So many steps and stages at most wait for each other, to be resolved and sent at once. See `benchmarks/step_cost.py`:
+what is run once between two steps is cold, and costs several times as much."""
 BATCH_NS: Final = 50_000_000
+"""When the oldest has waited for so long, the thread that closes the next does it. It is there where steps are slow, or
+their device is behind: elsewhere the idle thread has done it before. When a step was seen done is a bound for the
+device's clock, so it has to be seen soon."""
 
 _S = TypeVar("_S", bound="StageRecord")
 _T = TypeVar("_T", bound="StepRecord")
@@ -41,6 +44,7 @@ class CaptureRecord:
     """What a step and a stage need to know of the process that they are in.
 
     Attributes:
+        batch: So many steps and stages wait at most until they are resolved, if their device is done.
         current_stream_key: Gives what `streams` knows the calling thread's current stream by.
         device_is_open_question: Whether it is yet to be seen on which device the program works.
         limiter: How many steps a second may begin traces.
@@ -53,6 +57,7 @@ class CaptureRecord:
 
     __slots__ = (
         "__dict__",
+        "batch",
         "current_stream_key",
         "device_is_open_question",
         "limiter",
@@ -63,6 +68,7 @@ class CaptureRecord:
         "streams",
     )
 
+    batch: int
     current_stream_key: Callable[[], Any]
     device_is_open_question: bool
     limiter: Limiter
@@ -80,19 +86,21 @@ class ThreadRecord:
         thread: The thread, weakly.
         open: Those that are open, by identity.
         pending: Those that are closed and wait for the device, oldest first.
+        waiting: How many steps and stages were closed since the last look at them.
         waiting_since_ns: When the oldest of them was closed, or one before it.
         lock: Held while the pending steps are resolved, by whichever thread does it. Taken by `with` where a signal
             handler may raise, and by nobody who finds it busy: so no thread waits for another, nor for itself.
         busy: Whether they are being resolved.
     """
 
-    __slots__ = ("busy", "lock", "open", "pending", "thread", "waiting_since_ns")
+    __slots__ = ("busy", "lock", "open", "pending", "thread", "waiting", "waiting_since_ns")
 
     busy: bool
     lock: Any
     open: dict[int, Any]
     pending: Any
     thread: Any
+    waiting: int
     waiting_since_ns: int
 
 
@@ -190,6 +198,7 @@ class StepRecord:
             open_step.set(self.outer)
         thread.pending.append(self)
         thread.open.pop(id(self), None)
+        thread.waiting += 1 + len(self.stages)
         self.capture.step_closed(thread, closed_ns)
 
     def _open_again(self) -> None:

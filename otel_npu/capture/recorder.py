@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import announce, semconv
 from otel_npu.capture.idle import IdleThread
-from otel_npu.capture.records import BATCH_STEPS
+from otel_npu.capture.records import BATCH, BATCH_NS
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.shared import MAX_PENDING, Capture
 from otel_npu.drops import Drops
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from otel_npu.settings import Settings
 
 EXIT_SECONDS: Final = 2.0
-_STEPS_PER_BOUNDARY: Final = 16  # with some to catch up after the device has been behind
 _LONGEST_WAIT: Final = 3600.0
 
 
@@ -76,15 +75,15 @@ class Recorder(Capture):
 
     def step_closed(self, thread: Thread, closed_ns: int) -> None:
         """A step boundary: what the device has finished is resolved, once there is enough of it."""
-        waiting = len(thread.pending)
+        pending = len(thread.pending)
         if not self.running:  # closed, or a forked child's parent's: nobody resolves or sends any more
             self._let_go(thread)
-        elif waiting > MAX_PENDING:
+        elif pending > MAX_PENDING:
             self.drops.add(semconv.BACKLOG_FULL)
             self._let_go(thread, MAX_PENDING)
-        elif waiting == 1:
+        elif pending == 1 and thread.waiting < self.batch:
             thread.waiting_since_ns = closed_ns
-        elif waiting >= BATCH_STEPS:
+        elif thread.waiting >= self.batch or closed_ns - thread.waiting_since_ns > BATCH_NS:
             self.resolve(thread)
 
     def resolve(self, thread: Thread) -> None:
@@ -94,7 +93,8 @@ class Recorder(Capture):
         with thread.lock:
             try:
                 thread.busy = True
-                self._resolver.resolve(thread, _STEPS_PER_BOUNDARY)
+                thread.waiting = 0
+                self._resolver.resolve(thread, BATCH)
             except Exception:
                 self.own_fault()
             finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import devices, semconv
 from otel_npu.capture import context
-from otel_npu.capture.records import CaptureRecord, ThreadRecord
+from otel_npu.capture.records import BATCH, CaptureRecord, ThreadRecord
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.pair import Pool, Stream
 from otel_npu.drops import Drops
@@ -37,7 +37,7 @@ class Thread(ThreadRecord):
         self.thread = weakref.ref(threading.current_thread())
         self.open = {}
         self.pending = deque()
-        self.waiting_since_ns = 0
+        self.waiting = self.waiting_since_ns = 0
         self.busy = False
         self.lock = threading.RLock()
 
@@ -104,6 +104,8 @@ class Capture(CaptureRecord):
         self.streams = {}
         self.device: Device = device
         self.current_stream_key = device.current_stream_key
+        # A batch holds on to its events, of which there may be few.
+        self.batch = min(BATCH, device.pool_pairs // 4)
 
     def stream(self) -> Stream:
         """The calling thread's current stream, which was not seen before."""

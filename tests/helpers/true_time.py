@@ -19,6 +19,7 @@ from unittest import mock
 import otel_npu
 from otel_npu import semconv
 from otel_npu.capture import context, plain, resolver, switch
+from otel_npu.capture import idle as idle_thread
 from otel_npu.capture.idle import IDLE_SECONDS, WATCH_SECONDS
 from otel_npu.capture.recorder import Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
@@ -441,6 +442,7 @@ class Engine:
         end_ns = self.clock.ns + self._scenario.seconds * S
         with (
             stage_clock(self.clock),
+            mock.patch.object(idle_thread, "perf_counter_ns", self.clock),
             mock.patch.object(resolver, "perf_counter_ns", self.clock),
             mock.patch.object(switch, "_recorder", self.worker),
         ):
