@@ -19,7 +19,7 @@ static PyTypeObject *Ids;   /* the named tuple of `context.py` */
 static PyObject *no_rank;   /* of `context.py` */
 static PyObject *append;    /* `deque.append` */
 static PyObject *host_stream; /* of `devices/cpu.py` */
-static long long batch_ns;   /* of `plain.py` */
+static long long batch_ns, max_pending; /* of `plain.py` */
 static PyObject *test_clock; /* a clock in the place of the host's, for tests */
 #define NAMES(X) \
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
@@ -528,7 +528,7 @@ static int close_step(StepRecord *self, PyObject *error)
             thread->waiting_since_ns = closed_ns;
         if (pending < 0)
             return -1;
-        if (closed_ns - thread->waiting_since_ns <= batch_ns)
+        if (pending <= max_pending && closed_ns - thread->waiting_since_ns <= batch_ns)
             return 0;
     }
     PyObject *closed = PyLong_FromLongLong(closed_ns), *done = NULL;
@@ -1416,8 +1416,8 @@ static PyObject *read_events(PyObject *module, PyObject *args)
 static PyObject *use(PyObject *module, PyObject *args)
 {
     PyObject *variable, *ids, *rank, *stream;
-    if (!PyArg_ParseTuple(args, "O!O!OOL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &stream,
-                          &batch_ns))
+    if (!PyArg_ParseTuple(args, "O!O!OOLL", &PyContextVar_Type, &variable, &PyType_Type, &ids, &rank, &stream,
+                          &batch_ns, &max_pending))
         return NULL;
     GIVE(host_stream, Py_NewRef(stream));
     GIVE(open_step, Py_NewRef(variable));
@@ -1446,7 +1446,7 @@ static PyMethodDef functions[] = {
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
     {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
     {"seed", seed, METH_O, "Begin the random numbers anew, from 32 bytes."},
-    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, the host's stream, and how long a batch may wait."},
+    {"use", use, METH_VARARGS, "Where the open step is, the class of ids, the rank of none, the host's stream, how long a batch may wait, and how many steps."},
     {"use_clock", use_clock, METH_O, "A clock in the place of the host's, for tests; None for the host's."},
     {NULL},
 };

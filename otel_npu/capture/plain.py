@@ -33,6 +33,8 @@ BATCH_NS: Final = 50_000_000
 """When the oldest has waited for so long, the thread that closes the next does it. It is there where steps are slow, or
 their device is behind: elsewhere the idle thread has done it before. When a step was seen done is a bound for the
 device's clock, so it has to be seen soon."""
+MAX_PENDING: Final = 1000
+"""Steps of one thread that the device has not finished."""
 
 _S = TypeVar("_S", bound="StageRecord")
 _T = TypeVar("_T", bound="StepRecord")

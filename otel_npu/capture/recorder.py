@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import announce, semconv
 from otel_npu.capture.idle import IdleThread
-from otel_npu.capture.records import BATCH, BATCH_NS
+from otel_npu.capture.records import BATCH, BATCH_NS, MAX_PENDING
 from otel_npu.capture.resolver import Resolver, give_up
-from otel_npu.capture.shared import MAX_PENDING, Capture
+from otel_npu.capture.shared import Capture
 from otel_npu.drops import Drops
 from otel_npu.wire import frames
 from otel_npu.wire.channel import Channel

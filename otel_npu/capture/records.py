@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.capture import context
 from otel_npu.capture.context import NO_RANK, Rank
-from otel_npu.capture.plain import BATCH, BATCH_NS
+from otel_npu.capture.plain import BATCH, BATCH_NS, MAX_PENDING
 from otel_npu.devices.cpu import HOST_STREAM
 from otel_npu.native import native
 
@@ -26,11 +26,12 @@ else:
     CaptureRecord, Handle, ThreadRecord = native.CaptureRecord, native.Handle, native.ThreadRecord
     StageRecord, StepRecord = native.StageRecord, native.StepRecord
     new_stage, new_step, pack = native.new_stage, native.new_step, native.pack
-    native.use(context.open_step, context.Ids, NO_RANK, HOST_STREAM, BATCH_NS)
+    native.use(context.open_step, context.Ids, NO_RANK, HOST_STREAM, BATCH_NS, MAX_PENDING)
 
 __all__ = [
     "BATCH",
     "BATCH_NS",
+    "MAX_PENDING",
     "NO_RANK",
     "STAGE_FIELDS",
     "CaptureRecord",

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
-MAX_PENDING: Final = 1000  # steps of one thread that the device has not finished
 _MAX_STREAMS: Final = 1024
 
 
