@@ -28,7 +28,7 @@ IDLE_SECONDS: Final = 0.02
 OFF_SECONDS: Final = 0.2
 """The same while capture is switched off: it costs what there is to do."""
 WATCH_SECONDS: Final = 1.0
-_STEPS_PER_TICK: Final = 128
+_STEPS_PER_TICK: Final = 96
 _BEFORE_NS: Final = round(IDLE_SECONDS * 1e9)
 """So much before the thread that closes steps would do it."""
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from otel_npu.capture.context import Ids, Limiter, Rank
 
 NOT_OPENED: Final = -1
-BATCH: Final = 128
+BATCH: Final = 96
 """So many steps and stages at most wait for each other, to be resolved and sent at once. See `benchmarks/step_cost.py`:
 what is run once between two steps is cold, and costs several times as much."""
 BATCH_NS: Final = 50_000_000

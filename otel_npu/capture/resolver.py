@@ -29,6 +29,7 @@ _log = logging.getLogger("otel_npu")
 
 _MOST: Final = frames.MAX_NANOSECONDS
 _DROPS_BYTES: Final = 1024  # of the drop counts that may go with a step
+_STEPS_PER_PACKET: Final = 8  # what is too large for one is packed again in halves: not megabytes
 _MAP_BYTES: Final = 2  # of a map, beyond the one entry
 MAX_LINKS: Final = 4096  # of one step: its frame has to fit into a packet
 
@@ -60,7 +61,11 @@ class Resolver:
             seen_ns = perf_counter_ns()
             for step in steps:
                 self._read(step.stages)
-            packets = self._packets(steps, seen_ns)
+            packets = [
+                packet
+                for first in range(0, len(steps), _STEPS_PER_PACKET)
+                for packet in self._packets(steps[first : first + _STEPS_PER_PACKET], seen_ns)
+            ]
             sending = True
             for packet, dropped in packets:
                 self._channel.send(packet, dropped)
