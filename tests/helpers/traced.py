@@ -54,8 +54,10 @@ def recorder():
     return switch.current_recorder()
 
 def all_is_read():
-    """Whether all frames are sent, and the relay has read them."""
+    """Whether all steps are sent, and the relay has read them."""
     channel = recorder()._channel
+    if any(thread.pending or thread.busy for thread in recorder().threads):
+        return False
     unread = fcntl.ioctl(channel._socket.fileno(), termios.TIOCOUTQ, bytes(4))
     return channel.empty and struct.unpack("i", unread) == (0,)
 
