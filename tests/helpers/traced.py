@@ -53,13 +53,14 @@ def recorder():
     from otel_npu.capture import switch
     return switch.current_recorder()
 
+def all_is_sent():
+    """Whether all steps that are closed are in the socket: they are sent several at once."""
+    return not any(thread.pending or thread.busy for thread in recorder().threads) and recorder()._channel.empty
+
 def all_is_read():
     """Whether all steps are sent, and the relay has read them."""
-    channel = recorder()._channel
-    if any(thread.pending or thread.busy for thread in recorder().threads):
-        return False
-    unread = fcntl.ioctl(channel._socket.fileno(), termios.TIOCOUTQ, bytes(4))
-    return channel.empty and struct.unpack("i", unread) == (0,)
+    unread = fcntl.ioctl(recorder()._channel._socket.fileno(), termios.TIOCOUTQ, bytes(4))
+    return all_is_sent() and struct.unpack("i", unread) == (0,)
 
 if __name__ == "__main__":
     for line in sys.stdin:

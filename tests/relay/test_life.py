@@ -406,7 +406,7 @@ def test_sigterm_drains_what_was_sent(programs: Programs, receiver: Receiver) ->
     relay = programs.relay()
     os.kill(relay, signal.SIGSTOP)
     worker.ask("steps(200)")  # they wait in the socket
-    assert eventually(lambda: worker.ask("recorder()._channel.empty"), "all is sent")
+    assert eventually(lambda: worker.ask("all_is_sent()"), "all is sent")
     worker.process.kill()
     worker.process.wait()
     os.kill(relay, signal.SIGTERM)
@@ -482,8 +482,11 @@ def test_what_a_worker_has_sent_when_it_is_killed_in_mid_run_arrives(programs: P
     worker = programs.start(receiver.grpc_environment)
     # First: while the relay starts, more steps run than its socket holds.
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
-    # It says the number of each step once its frame is in the socket.
-    worker.tell("[(steps(1), recorder()._resolved_and_sent() and print(n, flush=True)) for n in range(2, 10**6)]")
+    # It says the number of each step once its frame is in the socket, with no other.
+    send = "recorder().resolve(recorder().local.thread)"
+    worker.tell(
+        f"[(steps(1), {send}, recorder()._resolved_and_sent() and print(n, flush=True)) for n in range(2, 10**6)]"
+    )
     said = [worker.answer() for _ in range(300)]
     worker.process.kill()
     worker.process.wait()
