@@ -240,10 +240,11 @@ def test_a_million_stages_leave_no_memory_and_no_event_behind(run_program: RunPr
                             pass
 
         def run(count):
-            for _ in range(count // 5):
+            for number in range(count // 5):
                 steps(5)
                 torch.npu.synchronize()  # as a model does when it reads its output
-            assert otel_npu.flush(120)
+                if number % 100 == 99:  # a busy machine's relay must not fall behind for megabytes
+                    assert otel_npu.flush(120)
 
         torch.npu.set_device(0)
         # As far behind as it can be between two synchronisations, however late the dispatch thread gets to run.
