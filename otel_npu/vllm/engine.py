@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.capture import context
@@ -40,18 +40,10 @@ _PREFILL: Final = "prefill"
 _DECODE: Final = "decode"
 
 
-class StepContext(NamedTuple):
-    """The context of an engine's step, pickled with each scheduler output. Without a trace id it is never a trace.
-
-    `slow` are the span ids of steps before it that turned out to be slow: kept, though they were not `kept` at first.
-    """
-
-    trace_id: bytes
-    span_id: bytes
-    number: int
-    kind: str
-    kept: bool = True
-    slow: tuple[bytes, ...] = ()
+StepContext: TypeAlias = tuple[bytes, bytes, int, str, bool, tuple[bytes, ...]]
+"""The context of an engine's step, pickled with each scheduler output: its trace id, without which it is never a trace,
+its span id, number and kind, whether it is kept, and the span ids of steps before it that turned out to be slow: kept,
+though they were not at first."""
 
 
 class _Listed:
@@ -232,7 +224,8 @@ class EngineSteps:
         if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
             del self._running[next(iter(self._running))]
         number = next(self._step_numbers)
-        setattr(output, STEP_ATTRIBUTE, (trace_id, span_id, number, kind, kept, slow))
+        context_of_step: StepContext = (trace_id, span_id, number, kind, kept, slow)
+        setattr(output, STEP_ATTRIBUTE, context_of_step)
         requests, tokens, prefills = listed.lists if listed.span_id is None else ([], [], [])
         dropped = recorder.drops.take_unsent()
         recorder.defer(

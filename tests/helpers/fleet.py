@@ -9,7 +9,7 @@ import functools
 import random
 import types
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -25,7 +25,7 @@ from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.slow import SlowSteps
 from otel_npu.vllm import engine
-from otel_npu.vllm.engine import STEP_ATTRIBUTE, StepContext
+from otel_npu.vllm.engine import STEP_ATTRIBUTE
 from otel_npu.wire import frames
 from tests.helpers.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
 
@@ -130,6 +130,17 @@ class Relay:
         greeting = hello(service_name="fleet", device_kind="npu")
         client.greeted = Assembler(greeting, self._wall, span_limits, None, self.metrics.process(greeting))
         return client
+
+
+class StepContext(NamedTuple):
+    """What a worker finds on the scheduler's output (`engine.StepContext`)."""
+
+    trace_id: bytes
+    span_id: bytes
+    number: int
+    kind: str
+    kept: bool
+    slow: tuple[bytes, ...]
 
 
 class Fleet:
