@@ -110,16 +110,19 @@ class Channel:
         """Send what was deferred, in as few packets as it needs. A frame that can't be made or sent costs no other."""
         with self._lock:
             together: list[tuple[frames.Frame, dict[str, int]]] = []
-            while self._deferred:
-                dropped, make, args = self._deferred.popleft()
-                try:
-                    together.append((make(*args), dropped))
-                except Exception as error:
-                    self._drop(semconv.INTERNAL_ERROR, dropped)
-                    if from_outside(error):
-                        raise
-                    _log.debug("a frame could not be made", exc_info=True)
-            self._send_together(together)
+            try:
+                while self._deferred:
+                    dropped, make, args = self._deferred.popleft()
+                    try:
+                        together.append((make(*args), dropped))
+                    except BaseException as error:
+                        outside = from_outside(error)
+                        self._drop(semconv.INTERRUPTED if outside else semconv.INTERNAL_ERROR, dropped)
+                        if outside:
+                            raise
+                        _log.debug("a frame could not be made", exc_info=True)
+            finally:
+                self._send_together(together)  # what was made before a signal handler raised too
 
     def _send_together(self, together: list[tuple[frames.Frame, dict[str, int]]]) -> None:
         if not together:

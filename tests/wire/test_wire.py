@@ -339,6 +339,21 @@ def test_a_deferred_frame_that_can_not_be_sent_costs_no_other(line: Line) -> Non
     assert line.drops.take_unsent() == {semconv.BAD_FRAME: 2, semconv.INTERNAL_ERROR: 1, semconv.BAD_LINK: 3}
 
 
+def test_what_a_signal_handler_raises_while_frames_are_made_costs_one_of_them(line: Line) -> None:
+    def struck() -> frames.Updated:
+        raise KeyboardInterrupt
+
+    line.channel.defer({}, updated, 1)
+    line.channel.defer({}, struck)
+    line.channel.defer({}, updated, 2)
+    with pytest.raises(KeyboardInterrupt):
+        line.channel.send_deferred()
+    line.channel.send_deferred()
+    numbers = [frame.span_id[-1] for frame in line.arrived()[1:] if isinstance(frame, frames.Updated)]
+    assert numbers == [1, 2]
+    assert line.drops.take_unsent() == {semconv.INTERRUPTED: 1}
+
+
 def test_it_notices_that_the_relay_has_gone_and_begins_anew_with_the_next(line: Line) -> None:
     line.send(1)
     assert not line.channel.hung_up()
