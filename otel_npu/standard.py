@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -75,6 +74,8 @@ def _endpoint(value: str) -> bool:
 
 
 def _exporters(value: str) -> bool:
+    from importlib.metadata import entry_points  # dear, and seldom wanted
+
     installed = {point.name for point in entry_points(group="opentelemetry_traces_exporter")}
     return all(name.strip() in {*installed, "otlp", "none"} for name in value.split(",") if name.strip())
 

@@ -115,7 +115,7 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Say who is in a running session, what is on, how many steps a second, and what was left out."""
-    from otel_npu.cli.switch import status as run
+    from otel_npu.cli.status import run
 
     raise typer.Exit(run(session, pid, json=json))
 

@@ -63,14 +63,18 @@ class Connection:
         """Look no longer."""
         self._connection.close()
 
-    def ask(self, *, follow: bool = False) -> looking.Session:
+    def ask(self, *, follow: bool = False, seconds: float = _NEXT_ANSWER_SECONDS) -> looking.Session:
         """Who is there now; with `follow` all that is sent comes from now on.
+
+        Args:
+            follow: Whether that is wanted.
+            seconds: How long the relay may take to answer.
 
         Raises:
             LookError: Nobody answers.
         """
         self._send(frames.Look(frames.PROTOCOL, follow))
-        return self.answer(time.monotonic() + _NEXT_ANSWER_SECONDS)
+        return self.answer(time.monotonic() + seconds)
 
     def answer(self, deadline: float) -> looking.Session:
         """What the relay answers, by then at the latest.
@@ -87,7 +91,7 @@ class Connection:
                 self._waiting.append(view)
             elif time.monotonic() >= deadline:
                 raise LookError(
-                    f"the relay of session {self.session} does not answer; is it of another version of otel-npu?"
+                    f"the relay of session {self.session} does not answer: it is stopped, or another version of otel-npu"
                 )
 
     def switch(self, *, on: bool) -> None:

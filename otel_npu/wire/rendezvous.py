@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import socket
 import struct
 import tempfile
@@ -58,7 +57,7 @@ def session_id() -> str:
     """
     session = os.environ.get(SESSION, "")
     if not session:
-        session = os.environ[SESSION] = secrets.token_hex(8)
+        session = os.environ[SESSION] = os.urandom(8).hex()
     cpu_mask()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", session):
         raise RendezvousError(f"{SESSION}={session!r}: takes 1 to 32 letters, digits, '_' or '-'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,8 @@ from tests.relay.test_server import Relay
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    import subprocess
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.helpers.receiver import Receiver
@@ -50,6 +52,46 @@ def test_a_program_is_switched_off_and_on_while_it_runs(programs: Programs, rece
     receiver.wait_for(5, "worker_step")
     assert len([span for span in receiver.spans if span.name == "worker_step"]) == 5
     assert "on " in command(programs, "status").stdout
+
+
+def test_a_process_that_does_not_answer_in_time_is_named(programs: Programs) -> None:
+    worker = programs.start({**HERE, "OTEL_TRACES_EXPORTER": "none"})
+    worker.ask("steps(1) and otel_npu.flush(60)")
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        off = command(programs, "off")
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    assert off.returncode == 1
+    assert off.stderr == f"otel-npu: capture is not off everywhere: no answer within 3 s from {worker.pid}\n"
+    assert command(programs, "off").returncode == 0  # it has heard of it, once it can
+
+
+@pytest.mark.parametrize("word", ["off", "on"])
+def test_off_and_on_are_quick_for_they_import_only_what_they_need(
+    word: str, run_program: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_program(f"""
+        import sys
+
+        sys.argv = ["otel-npu", {word!r}, "--session", "nowhere"]
+        from otel_npu.cli import main
+
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 1
+        unwanted = {{"typer", "rich", "importlib.metadata", "opentelemetry", "google", "grpc", "requests", "torch"}}
+        assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+    """)
+    assert done.stderr.startswith("otel-npu: there is no session 'nowhere'")
+
+
+def test_off_complains_of_what_it_does_not_take_as_every_command_does() -> None:
+    done = otel_npu_command("off", "--pid", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--pid" in done.stderr
+    assert "Stop capture" in otel_npu_command("off", "--help").stdout
 
 
 def test_a_session_that_is_not_there_is_one_line() -> None:
@@ -132,7 +174,7 @@ def test_a_relay_that_dies_meanwhile_is_one_line(relays: list[Relay]) -> None:
 def test_a_relay_of_another_version_is_said(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_ANSWER_SECONDS", 0.1)
     listener = rendezvous.listen(alone / "old.sock")
-    with listener, pytest.raises(LookError, match="does not answer; is it of another version"):
+    with listener, pytest.raises(LookError, match="does not answer: it is stopped, or another version"):
         connect(session="old")
 
 
