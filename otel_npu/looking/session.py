@@ -91,7 +91,7 @@ class Connection:
                 self._waiting.append(view)
             elif time.monotonic() >= deadline:
                 raise LookError(
-                    f"the relay of session {self.session} does not answer: it is stopped, or another version of otel-npu"
+                    f"the relay of session {self.session} does not answer: it is stopped, or of another version"
                 )
 
     def switch(self, *, on: bool) -> None:

@@ -174,7 +174,7 @@ def test_a_relay_that_dies_meanwhile_is_one_line(relays: list[Relay]) -> None:
 def test_a_relay_of_another_version_is_said(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_ANSWER_SECONDS", 0.1)
     listener = rendezvous.listen(alone / "old.sock")
-    with listener, pytest.raises(LookError, match="does not answer: it is stopped, or another version"):
+    with listener, pytest.raises(LookError, match="does not answer: it is stopped, or of another version"):
         connect(session="old")
 
 
