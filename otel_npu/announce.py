@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import secrets
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
+LASTING_SECONDS: Final = 10.0
+"""A program that is traced for so long is a server: what it writes to stderr is a log."""
 _DEFAULTS: Final = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 
 
@@ -28,19 +31,41 @@ def unknown_names() -> None:
         _log.warning("%s is no variable of otel-npu's%s", name, f": is {meant} meant?" if meant else "")
 
 
-def is_on(settings: Settings, device: Device) -> None:
-    """One line: that it is on, by whose clock, where spans go and how many steps are kept."""
+def is_on(settings: Settings, device: Device, seconds: float) -> bool:
+    """One line: that it is on, by whose clock, where spans go and how many steps are kept.
+
+    A person at a terminal is told at once, and so is a program that has set up logging. Any other is told when it has
+    lasted: the output of a command is read by somebody else, who gets the same with tracing on as with tracing off.
+
+    Args:
+        settings: What was chosen.
+        device: Whose clock it is.
+        seconds: How long it has been on.
+
+    Returns:
+        Whether all is said.
+    """
+    if seconds < LASTING_SECONDS and not _log.hasHandlers() and not _at_terminal():
+        return False
     clock = "the host's clock, for there is no device" if device.host_clock else _device(device)
     environment = {**os.environ, **settings.environment}
     if _leads_nowhere(environment):
-        return  # the relay says so, and why
+        return True  # the relay says so, and why
     where = destination(environment)
     _say(f"otel-npu is on: stages are timed by {clock}; spans go to {where}; {_kept(settings)}")
+    return True
 
 
 def stands_by() -> None:
     """One line: that nothing is captured yet."""
     _say("otel-npu stands by and captures nothing until somebody says `otel-npu on`")
+
+
+def _at_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def _say(text: str) -> None:

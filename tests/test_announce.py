@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import pty
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +16,7 @@ from otel_npu import announce
 from otel_npu.devices.cpu import Cpu
 from otel_npu.devices.simulated import SimulatedNpu
 from otel_npu.settings import Settings, unknown_variables
+from tests.helpers.capturing import capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,13 +29,49 @@ PROGRAM = """
 """
 
 
-def test_a_program_that_is_traced_is_told_once_that_it_is(run_program: Callable[..., Any]) -> None:
+LASTING = """
+    import otel_npu, time
+    from otel_npu import announce
+    announce.LASTING_SECONDS = 0.5
+    for _ in range(30):
+        with otel_npu.step("decode"), otel_npu.stage("forward"):
+            time.sleep(0.1)
+"""
+
+
+def test_a_program_that_lasts_is_told_once_that_it_is_traced(run_program: Callable[..., Any]) -> None:
     environment = {"OTEL_NPU_ENABLED": "1", "OTEL_NPU_DEVICE": "simulated", "OTEL_TRACES_EXPORTER": "none"}
-    [line] = run_program(PROGRAM, environment).stderr.splitlines()
+    [line] = run_program(LASTING, environment).stderr.splitlines()
     assert line.endswith(
         "otel-npu is on: stages are timed by simulated (SimulatedNPU); spans go to nobody (OTEL_TRACES_EXPORTER=none); "
         "2 steps a second of each kind are kept as traces, and slow ones"
     )
+
+
+def test_a_person_at_a_terminal_is_told_at_once() -> None:
+    environment = {"OTEL_NPU_ENABLED": "1", "OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"}
+    screen, terminal = pty.openpty()
+    source = PROGRAM.replace("\n    ", "\n")
+    with os.fdopen(screen, "rb", buffering=0) as said:
+        subprocess.run([sys.executable, "-c", source], env={**os.environ, **environment}, stderr=terminal, check=True)
+        os.close(terminal)
+        assert said.read(4096).count(b"otel-npu is on: ") == 1
+
+
+def test_the_output_of_a_command_is_the_same_with_tracing_off_and_on(run_program: Callable[..., Any]) -> None:
+    environment = {"OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"}
+    for enabled in "01":
+        done = run_program(PROGRAM, {**environment, "OTEL_NPU_ENABLED": enabled})
+        assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_program_whose_tracing_has_ended_is_not_told_that_it_is_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "otel_npu"), capturing() as captured:
+        recorder = captured.recorder
+        recorder.stop_capture()
+        recorder.idle._device_since = 0.0
+        recorder.idle._watch()
+    assert "is on" not in caplog.text
 
 
 def test_whoever_has_set_up_logging_decides_who_sees_it(run_program: Callable[..., Any]) -> None:
@@ -51,7 +92,7 @@ def test_whoever_has_set_up_logging_decides_who_sees_it(run_program: Callable[..
 )
 def test_it_says_how_many_steps_are_kept(caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str) -> None:
     with caplog.at_level(logging.INFO, "otel_npu"):
-        announce.is_on(Settings(**settings), Cpu())
+        assert announce.is_on(Settings(**settings), Cpu(), 0)
     [record] = caplog.records
     assert record.getMessage().endswith(f"; {said}")
     assert "by the host's clock, for there is no device" in record.getMessage()
@@ -85,14 +126,14 @@ def test_it_does_not_say_that_spans_go_where_they_can_not(
 ) -> None:
     """The relay has a line for that, which says what is wrong."""
     with caplog.at_level(logging.INFO, "otel_npu"):
-        announce.is_on(Settings(environment={f"OTEL_EXPORTER_OTLP_{variable}": value}), Cpu())
+        assert announce.is_on(Settings(environment={f"OTEL_EXPORTER_OTLP_{variable}": value}), Cpu(), 0)
     assert caplog.records == []
 
 
 def test_where_vllm_gives_the_endpoint_that_one_is_told(caplog: pytest.LogCaptureFixture) -> None:
     given = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://from-the-flag:4317"}
     with caplog.at_level(logging.INFO, "otel_npu"):
-        announce.is_on(Settings(environment=given), SimulatedNpu())
+        assert announce.is_on(Settings(environment=given), SimulatedNpu(), 0)
     assert "spans go to http://from-the-flag:4317" in caplog.text
 
 

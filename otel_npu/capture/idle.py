@@ -8,7 +8,7 @@ import time
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
-from otel_npu import semconv
+from otel_npu import announce, semconv
 from otel_npu.capture import hang
 from otel_npu.capture.records import BATCH_NS
 from otel_npu.capture.resolver import give_up
@@ -57,6 +57,8 @@ class IdleThread:
         self._pinged = 0
         """How many devices have been pinged."""
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
+        self._device_since: float | None = None
+        """Since when the device is settled, until it was said that tracing is on."""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
@@ -78,6 +80,11 @@ class IdleThread:
     def new_device(self) -> None:
         """The clock of the device that is used from now on is wanted for the first steps already."""
         self._pinged = 0
+        now = time.monotonic()
+        self._device_since = None if self._announce(now) else now
+
+    def _announce(self, since: float) -> bool:
+        return announce.is_on(self._capture.settings, self._capture.device, time.monotonic() - since)
 
     def _run(self) -> None:
         next_watch = 0.0
@@ -147,6 +154,8 @@ class IdleThread:
                 self._waiting.pop(thread, None)
         for pool in list(self._capture.device.pools.values()):
             pool.reclaim()
+        if self._device_since is not None and self._capture.on and self._announce(self._device_since):
+            self._device_since = None
         if time.monotonic() >= self._next_drop_line:
             self._next_drop_line = time.monotonic() + REPORT_SECONDS
             self.log_drops()

@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from otel_npu import announce, semconv
+from otel_npu import semconv
 from otel_npu.capture.idle import IdleThread
 from otel_npu.capture.records import BATCH, BATCH_NS, MAX_PENDING
 from otel_npu.capture.resolver import Resolver, give_up
@@ -110,10 +110,9 @@ class Recorder(Capture):
         self._channel.greet_again()
 
     def device_settled(self) -> None:
-        """The relay is told, and looks at the device's clock begin."""
+        """The relay is told, and whoever reads the log; looks at the device's clock begin."""
         self.idle.new_device()
         self._channel.greet_again()
-        announce.is_on(self.settings, self.device)
 
     # Lifecycle.
 
@@ -130,6 +129,7 @@ class Recorder(Capture):
 
     def stop_capture(self) -> None:
         """Capture nothing from now on, without waiting; what is captured is still resolved and sent."""
+        self.on = False
         self._turn_off(self)
 
     def flush(self, timeout_seconds: float) -> bool:

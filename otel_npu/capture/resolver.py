@@ -54,22 +54,20 @@ class Resolver:
         steps: list[StepRecord] = list(itertools.islice(pending, self._finished(pending, most)))
         if not steps:
             return 0
+        packets: list[tuple[bytes, dict[str, int]]] = []
         sending = False
         try:
             for _ in steps:
                 pending.popleft()
             seen_ns = perf_counter_ns()
-            for step in steps:
-                self._read(step.stages)
-            packets = [
-                packet
-                for first in range(0, len(steps), _STEPS_PER_PACKET)
-                for packet in self._packets(steps[first : first + _STEPS_PER_PACKET], seen_ns)
-            ]
+            self._make(steps, seen_ns, packets)
             sending = True
-            for packet, dropped in packets:
-                self._channel.send(packet, dropped)
+            while packets:
+                self._channel.send(*packets[0])
+                del packets[0]
         except BaseException as error:
+            for _, dropped in packets:
+                self._drops.put_back(dropped)
             if from_outside(error) and not sending:
                 _put_back(steps, pending)
             else:
@@ -82,6 +80,13 @@ class Resolver:
                 tell_finished(step, seen_ns)
             step.stages = []  # they refer to each other; let them go without the garbage collector
         return len(steps)
+
+    def _make(self, steps: list[StepRecord], seen_ns: int, packets: list[tuple[bytes, dict[str, int]]]) -> None:
+        """Read the steps and add the packets that they make, each with the drop counts that go with it."""
+        for step in steps:
+            self._read(step.stages)
+        for first in range(0, len(steps), _STEPS_PER_PACKET):
+            self._packets(steps[first : first + _STEPS_PER_PACKET], seen_ns, packets)
 
     def _lose(self, steps: list[StepRecord], pending: Any) -> None:
         """Steps that could not be resolved must not be in the way of the next ones."""
@@ -166,9 +171,14 @@ class Resolver:
             return None
 
     def _packets(
-        self, steps: list[StepRecord], seen_ns: int, *, shrunk: bool = False
-    ) -> list[tuple[bytes, dict[str, int]]]:
-        """The steps in one packet, or in as many as they need, each with its drop counts.
+        self,
+        steps: list[StepRecord],
+        seen_ns: int,
+        packets: list[tuple[bytes, dict[str, int]]],
+        *,
+        shrunk: bool = False,
+    ) -> None:
+        """Add the steps in one packet, or in as many as they need, each with its drop counts.
 
         One that can't be sent costs no other.
         """
@@ -182,17 +192,19 @@ class Resolver:
                 raise
             _log.debug("%d steps could not be encoded", len(steps), exc_info=True)
         if packet and (shrunk or len(packet) <= frames.MAX_FRAME_BYTES):
-            return [(packet, dropped)]
+            packets.append((packet, dropped))
+            return
         self._drops.put_back(dropped)
         if len(steps) > 1:
             half = len(steps) // 2
-            return self._packets(steps[:half], seen_ns) + self._packets(steps[half:], seen_ns)
-        if packet:
+            self._packets(steps[:half], seen_ns, packets)
+            self._packets(steps[half:], seen_ns, packets)
+        elif packet:
             self._shrink(steps[0])
-            return self._packets(steps, seen_ns, shrunk=True)
-        self._drops.add(semconv.INTERNAL_ERROR)
-        self._drops.lost += 1
-        return []
+            self._packets(steps, seen_ns, packets, shrunk=True)
+        else:
+            self._drops.add(semconv.INTERNAL_ERROR)
+            self._drops.lost += 1
 
     def _shrink(self, step: StepRecord) -> None:
         """Take the largest attributes from a step that is too large for a packet, until it fits.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import otel_npu
-from otel_npu.capture import switch
+from otel_npu.capture import records, resolver, switch
 from otel_npu.interrupts import from_outside
 from otel_npu.native import native
 from tests.faults.effort import times
@@ -27,7 +27,7 @@ WAYS = [
 RAISING = """
 import random, signal, sys, time
 import otel_npu
-from otel_npu.capture import switch
+from otel_npu.capture import records, resolver, switch
 
 class SoftTimeLimit(Exception): pass
 kind = {{"exception": SoftTimeLimit, "interrupt": KeyboardInterrupt, "exit": SystemExit}}["{kind}"]
@@ -123,6 +123,34 @@ def test_a_step_that_nobody_holds_any_more_is_closed(captured: Captured) -> None
     forgotten, later = captured.steps()
     assert [(one.kind, one.bare) for one in (forgotten, later)] == [("forgotten", False), ("later", True)]
     assert captured.dropped() == {"interrupted": 1}
+
+
+def test_drop_counts_outlast_an_interrupt_of_the_batch_that_they_are_to_go_with(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were taken for its first packet when the second was interrupted: nothing has been sent yet."""
+    packs: list[int] = []
+    pack = records.pack
+
+    def interrupted_once(steps: Any, *rest: Any) -> bytes:
+        packs.append(len(steps))
+        if len(packs) == 2:
+            raise KeyboardInterrupt
+        return pack(steps, *rest)
+
+    monkeypatch.setattr(resolver, "pack", interrupted_once)
+    captured.recorder.drops.add("too_many_links", 3)
+    thread = captured.recorder.local.thread
+    thread.busy = True  # nobody else resolves them
+    for number in range(12):
+        captured.stage(f"stage {number}")
+    captured.clock.ns += 100 * MILLISECOND
+    with pytest.raises(KeyboardInterrupt):
+        captured.recorder._resolver.resolve(thread, 96)
+    thread.busy = False
+    assert [stage.name for step in captured.steps() for stage in step.stages] == [f"stage {i}" for i in range(12)]
+    assert packs[:2] == [8, 4]
+    assert captured.dropped() == {"too_many_links": 3}
 
 
 @pytest.mark.parametrize("enabled", ["0", "1"])

@@ -51,6 +51,7 @@ def test_the_caller_and_the_server_make_one_trace_from_the_call_to_the_stage(tmp
         environment = {"OTLP_ENDPOINT": otlp, "PATH": path, "OTEL_NPU_ENABLED": None}
         with ExampleServer(tmp_path, ROOMY, environment) as server:
             answer = call_through_fastapi(tmp_path, server.port, receiver)
+            eventually(lambda: "otel-npu is on: " in server.log, "the log says that it is on")
             log = server.log
         assert answer.split("w")[1:]
         on = [line.partition("otel-npu is on: ")[2] for line in log.splitlines() if "otel-npu is on: " in line]

@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricExpor
 
 from otel_npu.relay.otlp import otlp_exporter
 from otel_npu.relay.otlp_settings import METRICS, OtlpSettings
-from otel_npu.relay.outcomes import Later, Taken
+from otel_npu.relay.outcomes import Later, Never, Taken
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +43,8 @@ class OtlpMetrics(MetricExporter):
         super().__init__(preferred_temporality={sdk.Counter: temporality, sdk.Histogram: temporality})
         self._settings = OtlpSettings.from_environment(protocol, environment, METRICS)
         self._transport = otlp_exporter(self._settings)
+        # What takes spans alone, such as Jaeger, need take nothing that nobody has asked for.
+        self._refusal_level = logging.WARNING if plan.asked else logging.INFO
         self._ending = threading.Event()
         self._failing = False
 
@@ -68,7 +70,8 @@ class OtlpMetrics(MetricExporter):
             self._failing = False
             return MetricExportResult.SUCCESS
         if not self._failing:  # once, not once a minute
-            _log.warning("metrics can't be exported to %s: %s", self._settings.shown, outcome.error)
+            level = self._refusal_level if isinstance(outcome, Never) else logging.WARNING
+            _log.log(level, "metrics can't be exported to %s: %s", self._settings.shown, outcome.error)
         self._failing = True
         return MetricExportResult.FAILURE
 

@@ -38,11 +38,13 @@ class Plan(NamedTuple):
         name: As `OTEL_METRICS_EXPORTER` has it.
         delta: Whether counts are those since the last time, and not since the beginning.
         exponential: The most buckets and the finest scale of exponential histograms; None for explicit bounds.
+        asked: Whether a variable asks for metrics; else they go to an endpoint that may be one for spans alone.
     """
 
     name: str = ""
     delta: bool = False
     exponential: tuple[int, int] | None = None
+    asked: bool = True
 
 
 def plans_from_environment(environment: Mapping[str, str] = os.environ) -> list[Plan]:
@@ -63,7 +65,8 @@ def plans_from_environment(environment: Mapping[str, str] = os.environ) -> list[
         if name in _OTLP:
             delta = environment.get(TEMPORALITY, "").strip().lower() in ("delta", "lowmemory")
             exponential = environment.get(AGGREGATION, "").strip().lower() == "base2_exponential_bucket_histogram"
-            plans.append(Plan(name, delta, _EXPONENTIAL if exponential else None))
+            asked = any(environment.get(variable, "").strip() for variable in (EXPORTER, _ENDPOINTS[0]))
+            plans.append(Plan(name, delta, _EXPONENTIAL if exponential else None, asked))
         else:
             plans.append(Plan(name))
     return plans

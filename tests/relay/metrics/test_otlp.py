@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 
+from otel_npu.relay.metrics.otlp import OtlpMetrics
+from otel_npu.relay.metrics.readers import plans_from_environment
 from tests.helpers.collector import Collector
 from tests.helpers.traced import Programs
 
@@ -120,3 +125,26 @@ def test_an_endpoint_for_traces_alone_gets_no_metrics_and_there_is_no_line_about
     assert len(receiver.named("forward")) == 50
     assert receiver._points == []
     assert "ERROR" not in programs.log and "WARNING" not in programs.log  # noqa: PT018
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [({}, 0), ({"OTEL_METRICS_EXPORTER": "otlp"}, 1), ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "{endpoint}"}, 1)],
+)
+def test_that_a_receiver_takes_spans_alone_is_a_line_where_metrics_were_asked_for(
+    asked: dict[str, str], lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    takes_none = grpc.server(futures.ThreadPoolExecutor(1))
+    endpoint = f"http://127.0.0.1:{takes_none.add_insecure_port('127.0.0.1:0')}"
+    takes_none.start()
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    environment |= {name: value.format(endpoint=endpoint) for name, value in asked.items()}
+    [plan] = plans_from_environment(environment)
+    exporter = OtlpMetrics(plan, environment=environment)
+    for _ in range(2):
+        assert exporter.export(MetricsData([])) is MetricExportResult.FAILURE
+    exporter.shutdown()
+    takes_none.stop(None)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "UNIMPLEMENTED: Method not found!"
+    ] * lines
