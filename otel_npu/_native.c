@@ -986,7 +986,7 @@ static PyObject *front_stage(PyObject *module, PyObject *const *args, Py_ssize_t
 
 static PyObject *front_step(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
 {
-    PyObject *capture = count == 1 && keywords == NULL ? capturing() : NULL;
+    PyObject *capture = count == 1 && keywords == NULL && PyUnicode_CheckExact(args[0]) ? capturing() : NULL;
     if (capture == NULL)
         return PyErr_Occurred() ? NULL : PyObject_Vectorcall(front.step, args, count, keywords);
     StepRecord *step = make_step(front.Step, capture, args[0], front.no_requests, Py_None);

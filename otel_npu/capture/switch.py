@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copyreg
 import logging
 import os
 import sys
@@ -70,6 +71,7 @@ def stage(name: str, /, **attributes: Any) -> AnyStage:
     if recorder is not None:
         if type(name) is not str:
             arguments.no_name(name)
+            name = arguments.text(name)
         # Attributes as they are now: a list may change before the device has finished.
         taken = arguments.attributes(attributes, recorder.drops) if attributes else attributes
         return new_stage(Stage, recorder, name, taken)
@@ -101,6 +103,8 @@ def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) 
     taken = arguments.requests(requests) if requests != () else ()
     recorder = _recorder
     if recorder is not None:
+        if type(kind) is not str:
+            kind = arguments.text(kind)
         said = arguments.attributes(attributes, recorder.drops) if attributes else None
         return Handle(new_step(Step, recorder, kind, taken, said))
     if not _decided and _decide():
@@ -244,6 +248,15 @@ def _begin(settings: Settings | None, device: Device | None) -> Recorder | None:
     return recorder
 
 
+def _step_again(kind: str, attributes: dict[str, Any]) -> Handle | OffStep:
+    return step(kind, **attributes)
+
+
+def _reduce(handle: Handle) -> tuple[Any, ...]:
+    """A copy is a step like any other of this kind, and not open; what this one has measured is its own."""
+    return _step_again, (handle.step.kind, handle.step.attributes or {})
+
+
 def _off_stage(name: str, attributes: dict[str, Any]) -> OffStage:
     arguments.no_name(name)
     off = OffStage(name, attributes)
@@ -321,4 +334,5 @@ if native is not None:
     stage, step = native.stand_in_front(globals(), _off_stages, Stage, Step, stage, step, "otel_npu")
 
 maker.make = stage
+copyreg.pickle(Handle, _reduce)
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
