@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +21,7 @@ from otel_npu.looking.model import Model
 from otel_npu.looking.recording import Recording
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from otel_npu.looking.session import Connection
     from otel_npu.looking.span import Span
@@ -45,9 +45,9 @@ def run(session: str | None, pid: int | None, seconds: float, file: Path | None,
 
     def work(connection: Connection) -> int:
         recording, stopped = Recording(), threading.Event()
-        with _interrupts(stopped), _bar(seconds) as (progress, task):
-            recording.run(connection, seconds, stopped.is_set, lambda done: progress.update(task, completed=done))
-            progress.update(task, description="putting together")
+        with _interrupts(stopped), _bar(connection.session, seconds) as (progress, tell):
+            recording.run(connection, seconds, stopped.is_set, tell)
+            progress.update(progress.task_ids[0], description="putting together")
             spans = recording.spans(connection, slowest)
         try:
             path.write_bytes(content(spans, path.name))
@@ -92,8 +92,16 @@ def _interrupts(stopped: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(seconds: float) -> Iterator[tuple[Progress, Any]]:
-    console = Console(stderr=True)
+def _bar(session: str, seconds: float) -> Iterator[tuple[Progress, Callable[[float], None]]]:
+    """A bar, and what to call with the seconds that are done; without a terminal one line when it has begun."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task("recording", total=seconds)
+        task = progress.add_task("recording", total=seconds)
+
+        def tell(done: float) -> None:
+            if progress.disable and not progress.tasks[0].completed:
+                console.print(f"recording session {session} for {seconds:g} s: Ctrl-C ends it and keeps what there is")
+            progress.update(task, completed=done)
+
+        yield progress, tell

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import otel_npu
 from tests.conftest import program
 from tests.helpers.command_line import line_of, otel_npu_command
+from tests.helpers.traced import PATIENCE_SECONDS, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ class TestRelay:
         relay = start("relay", environment={**receiver.http_environment, **session})
         assert line_of(relay).startswith("relay of session 'shared', process ")
         folder = Path(os.environ["XDG_RUNTIME_DIR"], f"otel-npu-{os.getuid()}")
-        wait_until((folder / "shared.sock").exists)
+        eventually((folder / "shared.sock").exists, "the relay listens")
         source = """
             import otel_npu
 
@@ -46,12 +46,12 @@ class TestRelay:
             # Were the program to start a relay of its own, its spans would go nowhere.
             "OTEL_TRACES_EXPORTER": "none",
         }
-        subprocess.run(program(tmp_path, source), env=environment, check=True, timeout=60)
+        subprocess.run(program(tmp_path, source), env=environment, check=True, timeout=PATIENCE_SECONDS)
         spans = receiver.wait_for(3, "worker_step")
         assert {span.resource["service.name"] for span in spans} == {"a-client"}
         assert relay.poll() is None  # although its only client has gone
         relay.send_signal(signal.SIGTERM)
-        assert relay.wait(20) == 0
+        assert relay.wait(PATIENCE_SECONDS) == 0
         assert not (folder / "shared.sock").exists()
 
     def test_a_second_relay_does_not_take_the_session_from_the_first(
@@ -60,7 +60,7 @@ class TestRelay:
         session = {"OTEL_NPU_SESSION": "shared", "OTEL_TRACES_EXPORTER": "none"}
         first = start("relay", environment=session)
         path = Path(os.environ["XDG_RUNTIME_DIR"], f"otel-npu-{os.getuid()}", "shared.sock")
-        wait_until(path.exists)
+        eventually(path.exists, "the relay listens")
         second = otel_npu_command("relay", environment=session)
         assert second.returncode == 1
         assert "already" in second.stderr
@@ -73,20 +73,17 @@ class TestRelay:
         assert done.stderr.startswith("OTEL_NPU_SESSION is not set")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_version_is_printed() -> None:
     assert otel_npu_command("--version").stdout == f"otel-npu {otel_npu.__version__}\n"
 
 
 def test_it_runs_as_a_module_too() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "otel_npu", "--version"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "otel_npu", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=True,
     )
     assert done.stdout == f"otel-npu {otel_npu.__version__}\n"
 

@@ -301,7 +301,7 @@ class TestForever:
         )
         receiver.wait_for(3, "llm_request")
         demo.send_signal(number)
-        output, _ = demo.communicate(timeout=60)
+        output, _ = demo.communicate(timeout=200)
         found = re.fullmatch(r"Ended after (\d+) requests\.\n", output)
         assert demo.returncode == 0
         assert found is not None, output

@@ -110,7 +110,7 @@ def endpoint(where: dict[str, str]) -> dict[str, str]:
         env={**{name: value for name, value in os.environ.items() if name not in NOT_INHERITED}, **where},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     finding: dict[str, str] = json.loads(done.stdout)

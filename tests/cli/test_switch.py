@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from otel_npu.looking import session
 from otel_npu.looking.session import LookError, connect
 from otel_npu.wire import frames, rendezvous
+from tests.faults.effort import times
 from tests.helpers.built import hello
 from tests.helpers.command_line import otel_npu_command
 from tests.helpers.traced import Programs, eventually
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.helpers.receiver import Receiver
 
@@ -52,6 +53,45 @@ def test_a_program_is_switched_off_and_on_while_it_runs(programs: Programs, rece
     receiver.wait_for(5, "worker_step")
     assert len([span for span in receiver.spans if span.name == "worker_step"]) == 5
     assert "on " in command(programs, "status").stdout
+
+
+@pytest.mark.slow
+def test_back_and_forth_leaves_nothing_behind_in_the_program_nor_in_the_relay(
+    programs: Programs, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(programs.run_folder))
+    worker = programs.start({**receiver.grpc_environment, **HERE})
+    rounds = times(40, 500)
+
+    def switched(looks: session.Connection, *, on: bool) -> None:
+        looks.switch(on=on)
+        eventually(lambda: [each.on for each in looks.ask().processes] == [on], f"capture is {'on' if on else 'off'}")
+
+    def back_and_forth(count: int) -> list[tuple[int, int, int]]:
+        for _ in range(count):
+            worker.ask("steps(2)")
+            with connect("here") as looks:
+                switched(looks, on=False)
+                worker.ask("steps(1)")
+                switched(looks, on=True)
+        assert worker.ask("otel_npu.flush(60)")
+        return [held(worker.pid), held(programs.relay())]
+
+    worker.ask("steps(1) and otel_npu.flush(60)")
+    first = back_and_forth(20)
+    last = back_and_forth(rounds)
+    for (descriptors, threads, memory), (descriptors_now, threads_now, memory_now) in zip(first, last, strict=True):
+        assert (descriptors_now, threads_now) == (descriptors, threads)
+        assert memory_now - memory < 4 << 20, (memory, memory_now)
+    receiver.wait_for(1 + 2 * (20 + rounds), "worker_step")
+    assert len([span for span in receiver.spans if span.name == "worker_step"]) == 1 + 2 * (20 + rounds)
+
+
+def held(pid: int) -> tuple[int, int, int]:
+    """The descriptors, threads and bytes of memory that a process has."""
+    folder = Path("/proc", str(pid))
+    status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+    return len(list((folder / "fd").iterdir())), int(status["Threads"]), int(status["VmRSS"].split()[0]) << 10
 
 
 def test_a_process_that_does_not_answer_in_time_is_named(programs: Programs) -> None:

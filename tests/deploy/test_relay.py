@@ -124,7 +124,7 @@ def test_the_relay_ends_with_the_pod_when_all_is_sent(programs: Programs, receiv
     os.kill(first_process(server), signal.SIGKILL)
     server.process.wait()
     os.kill(first_process(relay), signal.SIGTERM)
-    assert relay.process.wait(30) == 0
+    assert relay.process.wait(120) == 0
     assert len(receiver.named("worker_step")) == 100
     assert not probe(programs)
 
@@ -159,7 +159,7 @@ def test_a_relay_that_waits_ends_with_the_pod(programs: Programs, receiver: Rece
     second = start_relay(programs, receiver)
     eventually(lambda: "waiting for its end" in programs.log, "it waits")
     os.kill(first_process(second), signal.SIGTERM)
-    assert second.process.wait(30) == 0
+    assert second.process.wait(120) == 0
     assert probe(programs)
 
 

@@ -39,7 +39,7 @@ def start_command(*arguments: str, environment: Mapping[str, str] | None = None)
 
 
 def line_of(process: subprocess.Popen[str]) -> str:
-    """The next line that the process prints, within 60 s."""
+    """The next line that the process prints, within 120 s."""
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 60)[0], "no line came"
+    assert select.select([process.stdout], [], [], 120)[0], "no line came"
     return process.stdout.readline()
