@@ -110,16 +110,22 @@ def serve(start: Callable[[], Callable[..., Any]]) -> NoReturn:
 
 @contextlib.contextmanager
 def subjects(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str], against: str | None
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    against: str | None,
+    beside: tuple[str, Mapping[str, str]] | None = None,
 ) -> Iterator[list[Subject]]:
-    """This tree, after the revision that it is measured against, if there is one."""
+    """This tree; before it the revision that it is measured against, after it itself in another environment."""
     with contextlib.ExitStack() as running:
-        trees = [("this tree", REPOSITORY)]
+        trees: list[tuple[str, Path, Mapping[str, str]]] = [("this tree", REPOSITORY, {})]
         if against:
-            trees.insert(0, (against, running.enter_context(_checkout(against))))
+            trees.insert(0, (against, running.enter_context(_checkout(against)), {}))
+        if beside:
+            trees.append((beside[0], REPOSITORY, beside[1]))
         started = []
-        for name, folder in trees:
-            started.append(Subject(name, module, folder, arguments, environment))
+        for name, folder, more in trees:
+            started.append(Subject(name, module, folder, arguments, {**environment, **more}))
             running.callback(started[-1].close)
         yield started
 

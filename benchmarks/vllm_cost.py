@@ -2,7 +2,7 @@
 
 Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the repository, on an idle machine:
 
-    python -m benchmarks.vllm_cost [--pairs 200]
+    python -m benchmarks.vllm_cost [--pairs 200] [--off]
 
 Three servers with a tiny model run side by side: one with otel-npu on and two without it, all with vLLM's own tracing.
 They take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
@@ -24,6 +24,8 @@ import math
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +38,7 @@ import grpc
 
 from benchmarks.vllm_timed_steps import DEVICE_MS, ENGINE, FOLDER, WORKER, totals
 from tests.helpers.tiny_model import words
+from tests.helpers.vllm_client import Client
 from tests.helpers.vllm_server import ROOMY, Server
 
 if TYPE_CHECKING:
@@ -125,8 +128,8 @@ def sink() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def servers(endpoint: str, folder: Path, device_ms: float) -> Iterator[list[Measured]]:
-    """One with otel-npu, then two without."""
+def servers(endpoint: str, folder: Path, device_ms: float, *, off: bool = False) -> Iterator[list[Measured]]:
+    """One with otel-npu, maybe switched off again, then two without."""
     with contextlib.ExitStack() as running:
         measured = []
         for name, enabled in (("on", "1"), ("off", "0"), ("off-again", "0")):
@@ -145,9 +148,19 @@ def servers(endpoint: str, folder: Path, device_ms: float) -> Iterator[list[Meas
                 },
                 {"timed_steps": "benchmarks.vllm_timed_steps:register"},
             )
-            measured.append(Measured(running.enter_context(server)))
+            running.enter_context(server)
+            if off and name == "on":
+                _switch_off(server)
+            measured.append(Measured(server))
             running.callback(measured[-1].go_on)
         yield measured
+
+
+def _switch_off(server: Server) -> None:
+    """As somebody beside it would, once all its processes trace: the front end does from its first request on."""
+    Client(server.port).complete(words(20), max_tokens=4)
+    command = [str(Path(sys.executable).with_name("otel-npu")), "off", "--pid", str(server.processes()[0])]
+    subprocess.run(command, check=True)  # noqa: S603
 
 
 def interval(samples: list[float]) -> tuple[float, float, float]:
@@ -193,16 +206,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="requests a round")
     parser.add_argument("--tokens", type=int, default=16, help="output tokens a request")
     parser.add_argument("--device-ms", type=float, default=10.0, help="how long the device works on a step")
+    parser.add_argument("--off", action="store_true", help="the server with otel-npu has been told `otel-npu off`")
     chosen = parser.parse_args()
     show: Callable[[str], None] = lambda text: print(text, end="", flush=True)  # noqa: E731
     show("starting three servers: one to two minutes ...")
     with (
         tempfile.TemporaryDirectory() as folder,
         sink() as endpoint,
-        servers(endpoint, Path(folder), chosen.device_ms) as measured,
+        servers(endpoint, Path(folder), chosen.device_ms, off=chosen.off) as measured,
     ):
         measure(measured, chosen.pairs, chosen.requests, chosen.tokens, show)
     on, off, again = measured
+    if chosen.off:
+        print("the server called `on` was switched off by `otel-npu off`")
     print(
         f"{chosen.pairs} pairs of rounds of {chosen.requests} requests of {chosen.tokens} tokens, {CONCURRENCY} at once"
     )

@@ -2,7 +2,7 @@
 
 Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the repository:
 
-    python -m benchmarks.vllm_step_cost [--against REVISION]
+    python -m benchmarks.vllm_step_cost [--against REVISION | --metrics]
 
 All of vLLM runs in one process with a tiny model and serves eight sampled requests at once. While they decode, blocks
 of steps with our hooks in place take turns with blocks without them. The two blocks of a pair stand next to each other
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.comparing import median, ratio_of_medians, serve, subjects
 from tests.helpers.tiny_model import CONTEXT, tiny_model, words
-from tests.helpers.vllm_server import vllm_environment
+from tests.helpers.vllm_server import free_port, vllm_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -299,6 +299,7 @@ def _row(title: str, *cells: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="REVISION", help="a revision of git to compare with, such as 6177d3b")
+    parser.add_argument("--metrics", action="store_true", help="compare with this tree with metrics on")
     parser.add_argument("--rounds", type=int, default=25, help=f"batches of {PAIRS} pairs of blocks (default: 25)")
     parser.add_argument("--steps", type=int, default=32, help="steps a block (default: 32)")
     parser.add_argument("--device-ms", type=float, default=0.0, help="how long a device works on a step (default: 0)")
@@ -318,7 +319,9 @@ def main() -> None:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "OMP_NUM_THREADS": "1",
         }
-        with subjects("benchmarks.vllm_step_cost", arguments, environment, chosen.against) as both:
+        metrics = {"OTEL_METRICS_EXPORTER": "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": str(free_port())}
+        beside = ("with metrics", metrics) if chosen.metrics else None
+        with subjects("benchmarks.vllm_step_cost", arguments, environment, chosen.against, beside) as both:
             blocks = measure(both, chosen.rounds, 2, show)
     pairs = f"{chosen.rounds * PAIRS} pairs of {chosen.steps} steps"
     report([subject.name for subject in both], blocks, f"{pairs}, {chosen.device_ms:g} ms a step on the device")
