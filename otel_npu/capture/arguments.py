@@ -39,6 +39,16 @@ def no_name(name: object) -> None:
         raise TypeError('stage() takes a name first: @otel_npu.stage("forward")')
 
 
+def no_kind(kind: object) -> None:
+    """Refuse what is surely a mistake in the program's text.
+
+    Raises:
+        TypeError: A function stands in the place of a step's kind: a step is no decorator.
+    """
+    if callable(kind) and not isinstance(kind, type):
+        raise TypeError('step() decorates no function, it goes round one pass of a loop: with otel_npu.step("decode"):')
+
+
 def text(name: object) -> str:
     """A name or a kind as text that can be sent: plain, encodable and of bounded length."""
     return _cut(name if type(name) is str else _as_text(name))
@@ -71,9 +81,13 @@ def requests(given: Iterable[Any]) -> tuple[Any, ...]:
     Raises:
         TypeError: It is a text, or nothing that can be iterated over.
     """
-    if isinstance(given, str | bytes):
+    try:
+        each = None if isinstance(given, str | bytes) else iter(given)
+    except TypeError:
+        each = None
+    if each is None:
         raise TypeError(f"requests takes a list of requests, not {type(given).__name__}: requests=[traceparent]")
-    return tuple(given)
+    return tuple(each)
 
 
 def attributes(given: dict[str, Any], drops: Drops) -> dict[str, AttributeValue]:

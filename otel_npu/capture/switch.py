@@ -98,8 +98,11 @@ def step(kind: str = "", /, *, requests: Iterable[Any] = (), **attributes: Any) 
         attributes: Attributes of the span, as for `stage`.
 
     Raises:
-        TypeError: `requests` is a text, or nothing that can be iterated over.
+        TypeError: `requests` is a text, or nothing that can be iterated over, or a function stands in the place of
+            the kind.
     """
+    if type(kind) is not str:
+        arguments.no_kind(kind)
     taken = arguments.requests(requests) if requests != () else ()
     recorder = _recorder
     if recorder is not None:
@@ -118,7 +121,12 @@ def enable(settings: Settings | None = None) -> bool:
     Args:
         settings: What to choose. Without them the environment is read, but for `OTEL_NPU_ENABLED`; a bad variable
             is one line in the log, and tracing stays off.
+
+    Raises:
+        TypeError: They are no `Settings`.
     """
+    if settings is not None and not isinstance(settings, Settings):
+        raise TypeError(f"enable() takes otel_npu.Settings(...), not {type(settings).__name__}")
     return _turn_on(settings, None)
 
 
@@ -141,7 +149,12 @@ def flush(timeout_seconds: float = 5.0) -> bool:
 
     Returns:
         Whether all of it was exported in time. True when tracing is off: there is nothing.
+
+    Raises:
+        TypeError: The time is no number.
     """
+    if not isinstance(timeout_seconds, (int, float)):
+        raise TypeError(f"flush() takes a number of seconds, not {type(timeout_seconds).__name__}")
     recorder = _recorder or _switched_off
     return True if recorder is None else recorder.flush(timeout_seconds)
 

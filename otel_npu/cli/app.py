@@ -197,7 +197,7 @@ def report(
         typer.Option("--compare", help="The run before, set beside this one; may be given several times."),
     ] = None,
 ) -> None:
-    """Make one page, which needs nothing but itself, of where the time went. Needs otel-npu[report]."""
+    """Make one page, which needs nothing but itself, of where the time went. Needs the extra `report`."""
     from otel_npu.cli.report import run
 
     raise typer.Exit(run(files, output, compare or []))

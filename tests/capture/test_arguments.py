@@ -86,6 +86,17 @@ def test_a_function_in_the_place_of_a_name_is_a_clear_error(captured: Captured) 
     for _ in ("on", "off"):
         with pytest.raises(TypeError, match=r'stage\(\) takes a name first: @otel_npu.stage\("forward"\)'):
             otel_npu.stage(len)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r'step\(\) decorates no function, .* with otel_npu.step\("decode"\):'):
+            otel_npu.step(len)  # type: ignore[arg-type]
+        otel_npu.disable()
+
+
+def test_what_is_given_to_enable_or_flush_by_mistake_is_a_clear_error(captured: Captured) -> None:
+    for _ in ("on", "off"):
+        with pytest.raises(TypeError, match=r"enable\(\) takes otel_npu.Settings\(...\), not dict"):
+            otel_npu.enable({"device": "cpu"})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"flush\(\) takes a number of seconds, not str"):
+            otel_npu.flush("5")  # type: ignore[arg-type]
         otel_npu.disable()
 
 
@@ -171,12 +182,14 @@ def test_any_iterable_is_a_list_of_requests(captured: Captured, given: Callable[
     assert captured.dropped() == {}
 
 
-@pytest.mark.parametrize("given", [TRACEPARENTS[0], TRACEPARENTS[0].encode(), 3], ids=["text", "bytes", "number"])
+@pytest.mark.parametrize(
+    "given", [TRACEPARENTS[0], TRACEPARENTS[0].encode(), 3, None], ids=["text", "bytes", "number", "nothing"]
+)
 @pytest.mark.parametrize("turn_off", [True, False], ids=["off", "on"])
 def test_what_is_no_list_of_requests_is_a_clear_error(captured: Captured, given: Any, turn_off: bool) -> None:
     if turn_off:
         otel_npu.disable()
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=rf"requests takes a list of requests, not {type(given).__name__}"):
         otel_npu.step("decode", requests=given)
 
 
