@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import copy
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.vllm import tracing
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from otel_npu.vllm.front_end import Arrival
+
+TRACER: Final = "vllm.tracing.otel"
+"""Makes vLLM's span of a request."""
 
 _arrival: contextvars.ContextVar[Arrival | None] = contextvars.ContextVar("otel_npu_chosen", default=None)
 
@@ -39,6 +42,12 @@ def _prepare(maker: Any) -> None:
     maker.id_generator = _Instead(generator, generate_trace_id=_trace_id, generate_span_id=_span_id)
     maker.sampler = _Instead(sampler, should_sample=_sampling)
     maker._otel_npu_prepared = True
+    if hasattr(maker, "get_tracer"):
+        # A provider may keep its tracers, and the one that is meant have been made by a request that came while capture
+        # was off.
+        tracer = maker.get_tracer(TRACER)
+        if hasattr(tracer, "id_generator"):
+            tracer.id_generator, tracer.sampler = maker.id_generator, maker.sampler
 
 
 class _Instead:

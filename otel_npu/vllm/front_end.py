@@ -35,7 +35,6 @@ _COMPLETION: Final = re.compile(r"(cmpl-.+)-\d+", re.DOTALL)
 _ATTRIBUTE: Final = "_otel_npu_arrival"
 _GIVES_IDS: Final = "_otel_npu_gives_ids"
 _LLM_REQUEST: Final = "llm_request"
-_TRACER: Final = "vllm.tracing.otel"
 _ABORT: Final = "abort"
 _ERROR: Final = "error"
 _propagator: Final = TraceContextTextMapPropagator()
@@ -302,7 +301,7 @@ def _make_llm_request(
 ) -> None:
     if arrival.announced is not None:
         with chosen.ids(maker, arrival):
-            tracer = maker if hasattr(maker, "start_span") else trace.get_tracer(_TRACER)
+            tracer = maker if hasattr(maker, "start_span") else trace.get_tracer(chosen.TRACER)
             span = tracer.start_span(
                 _LLM_REQUEST,
                 context=arrival.context,

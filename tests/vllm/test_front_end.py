@@ -197,6 +197,21 @@ def test_llm_request_gets_the_ids_that_were_told_to_the_engine(captured: Capture
     assert (end.key, end.output_tokens, end.reason) == (told.key, 3, "stop")
 
 
+def test_so_it_does_after_requests_that_came_while_capture_was_off(captured: Captured, provider: Provider) -> None:
+    """A provider may keep the tracer that vLLM has had from it, which has what the provider had then."""
+    processor = Processor()
+    recorder = captured.recorder
+    recorder.obey(on=False)
+    processor.add_request(request(headers={"traceparent": CALLER}))
+    processor.finish("id-0")
+    recorder.obey(on=True)
+    provider.forget()
+    told = arrive(processor, request("id-1", headers={"traceparent": CALLER}))
+    processor.finish("id-1")
+    _, key, _ = numbers(told)
+    assert provider.ids() == [(0xABC, key, 0xDEF)]
+
+
 def test_headers_may_be_bytes_as_asgi_gives_them(captured: Captured, provider: Provider) -> None:
     processor = Processor()
     headers: Any = {b"traceparent": CALLER.encode()}

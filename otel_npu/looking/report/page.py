@@ -15,7 +15,7 @@ from otel_npu.looking.report.facts import Facts, median, quantile, request_row
 from otel_npu.looking.report.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Sequence, Sized
 
     from otel_npu.looking.span import Span
 
@@ -119,9 +119,13 @@ def _about(model: Model, facts: Facts) -> str:
     hosts = sorted({str(span.resource.get(semconv.HOST_NAME, "")) for span in model.spans} - {""})
     where = f" on {', '.join(hosts)}" if hosts else ""
     return (
-        f"{len(model.steps)} steps of {len(facts.ranks)} ranks{where}, {len(model.requests)} requests, "
-        f"{len(model.spans)} spans; otel-npu {__version__}"
+        f"{_many(model.steps, 'step')} of {_many(facts.ranks, 'rank')}{where}, {_many(model.requests, 'request')}, "
+        f"{_many(model.spans, 'span')}; otel-npu {__version__}"
     )
+
+
+def _many(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _where(facts: Facts, figures: dict[str, Any]) -> str:
