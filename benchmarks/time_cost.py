@@ -20,6 +20,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.reach import reaches
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames
@@ -88,9 +89,9 @@ def relay_costs(count: int) -> dict[str, float]:
     assembler = Assembler(hello(), WallClock(), span_limits)
     spent: dict[str, list[float]] = {"feeding the clock": [], "placing": [], "all of the assembler": [], "decoding": []}
 
-    def timed(what: str, function: Callable[[Any], object], argument: Any) -> Any:
+    def timed(what: str, function: Callable[..., object], *arguments: Any) -> Any:
         began = perf_counter_ns()
-        result = function(argument)
+        result = function(*arguments)
         spent[what].append((perf_counter_ns() - began) / len(_STAGES))
         return result
 
@@ -98,8 +99,9 @@ def relay_costs(count: int) -> dict[str, float]:
     gc.disable()
     for packet in encoded:
         step = timed("decoding", frames.decode_frame, packet)
-        timed("feeding the clock", assembler.timeline.learn, step)
-        timed("placing", assembler.timeline.place, step)
+        reached, timeline = reaches(step.stages), assembler.timeline
+        timed("feeding the clock", timeline.learn, reached, step.seen_ns)
+        timed("placing", timeline.place, step, reached)
         timed("all of the assembler", assembler.step, step)
     gc.enable()
     costs = {what: statistics.median(times) for what, times in spent.items()}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_npu import semconv
 from otel_npu.drops import add_up
 from otel_npu.looking.slowest import Slowest
-from otel_npu.relay.metrics.counted import extent
 from otel_npu.relay.verdicts import alike
 
 if TYPE_CHECKING:
@@ -140,8 +139,8 @@ class ProcessTally:
             rank.kinds[step.kind] += 1
         elif not step.bare:
             second.own_steps[step.kind or "step"] += 1
-        first_ns, last_ns, on_device = extent(step.stages, step.opened_ns, step.closed_ns)
-        device = next((stage.device_index for stage in step.stages if stage.device_ns is not None), -1)
+        (first_ns, last_ns), on_device = ran.extent, ran.device is not None
+        device = -1 if ran.device is None else ran.device
         rank.busy_ns += max(0, last_ns - max(first_ns, self._ends_ns.get(device, first_ns)))
         self._ends_ns[device] = max(last_ns, self._ends_ns.get(device, last_ns))
         rank.idle_ns += ran.idle_ns or 0

@@ -120,11 +120,13 @@ class Assembler:
                 them, then or later.
         """
         self._complete(step)
-        self.timeline.learn(step)
         self.count_drops(step.dropped)
-        idle_ns = self._bubbles.before(step) if step.rank >= 0 else None
-        place = partial(self._place, inside=self._inside.pop(step.span_id, None))
-        ran = Ran(step, place, self._wall.offset_ns(), has_device=self._has_device, idle_ns=idle_ns)
+        inside = self._inside.pop(step.span_id, None) if self._inside else None
+        place = self._place if inside is None else partial(self._place, inside=inside)
+        ran = Ran(step, place, self._wall.offset_ns(), has_device=self._has_device)
+        self.timeline.learn(ran.reaches, step.seen_ns)
+        if step.rank >= 0:
+            ran.idle_ns = self._bubbles.before(ran)
         if self.counted is not None:
             self.counted.drops(step.dropped)
             self.counted.ran(ran)
@@ -182,9 +184,10 @@ class Assembler:
         )
         return spans
 
-    def _place(self, step: Step, inside: tuple[int, int] | None) -> Placed:
+    def _place(self, ran: Ran, inside: tuple[int, int] | None = None) -> Placed:
         """Where a step lies, what is inside it included: that has come before it."""
-        placed = self.timeline.place(step)
+        step = ran.step
+        placed = self.timeline.place(step, ran.reaches)
         start_ns = min([place.start_ns for place in placed], default=step.opened_ns)
         end_ns = max([place.end_ns for place in placed], default=step.closed_ns)
         if inside is not None:

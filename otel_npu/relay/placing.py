@@ -6,11 +6,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from otel_npu.relay.clock import DeviceClock
+from otel_npu.relay.reach import reaches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from otel_npu.relay.clock import Placement
+    from otel_npu.relay.reach import Reach
     from otel_npu.wire.frames import Ping, Stage, Step
 
 
@@ -27,6 +29,7 @@ class Ran:
 
     Attributes:
         step: The step.
+        reaches: How far it reaches on each of its devices.
         placed: Where its stages lie.
         start_ns: Where it starts, what is inside it included.
         end_ns: Where that ends.
@@ -36,7 +39,7 @@ class Ran:
             told.
     """
 
-    __slots__ = ("_place", "end_ns", "has_device", "idle_ns", "placed", "start_ns", "step", "unix_ns")
+    __slots__ = ("_place", "end_ns", "has_device", "idle_ns", "placed", "reaches", "start_ns", "step", "unix_ns")
 
     placed: list[Place]
     start_ns: int
@@ -45,17 +48,17 @@ class Ran:
     def __init__(
         self,
         step: Step,
-        placed: Placed | Callable[[Step], Placed],
+        placed: Placed | Callable[[Ran], Placed],
         unix_ns: int,
         *,
         has_device: bool,
-        idle_ns: int | None = None,
     ) -> None:
         """Make one. Where it lies may be found out later: of most ranks' steps nobody asks."""
         self.step = step
+        self.reaches = reaches(step.stages)
         self.unix_ns = unix_ns
         self.has_device = has_device
-        self.idle_ns = idle_ns
+        self.idle_ns: int | None = None
         if callable(placed):
             self._place = placed
         else:
@@ -64,14 +67,27 @@ class Ran:
     def __getattr__(self, name: str) -> Any:
         if name not in ("placed", "start_ns", "end_ns"):
             raise AttributeError(name)
-        self.placed, self.start_ns, self.end_ns = self._place(self.step)
+        self.placed, self.start_ns, self.end_ns = self._place(self)
         return getattr(self, name)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """From where to where it reaches, by the clock of the device that timed its first stage, or by the host's."""
+        for reach in self.reaches.values():
+            return reach.first_ns, reach.last_ns
+        return self.step.opened_ns, max(self.step.opened_ns, self.step.closed_ns)
+
+    @property
+    def device(self) -> int | None:
+        """The device that timed its first stage; None where the host timed all."""
+        return next(iter(self.reaches), None)
 
 
 Placed: TypeAlias = tuple[list[Place], int, int]
 """Where stages lie, and from where to where the step does."""
 MAX_DEVICES: Final = 128
 _PINGS: Final = 4
+_new_tuple: Final = tuple.__new__
 _Group: TypeAlias = tuple[int, int, int, int]
 """A stage and the stages inside it: the least and the most that host time minus device time can be there, and the
 first and the last device time. (A plain tuple, because one is made for each stage.)"""
@@ -127,98 +143,55 @@ class Timeline:
             pings = self._pings[ping.device_index] = deque(maxlen=_PINGS)
         pings.append(ping)
 
-    def learn(self, step: Step) -> None:
-        """What the step's stages say about their devices' clocks: of each side's bounds the tightest will do."""
-        tightest: dict[
-            int, list[int]
-        ] = {}  # by device: the least that host minus device time can be, at which, the last
-        for stage in step.stages:
-            first_ns = stage.device_ns
-            if first_ns is None:
-                continue
-            end_ns = first_ns + stage.duration_ns
-            least, at_ns = stage.entered_ns - first_ns, first_ns
-            if stage.exited_ns - end_ns > least:
-                least, at_ns = stage.exited_ns - end_ns, end_ns
-            known = tightest.get(stage.device_index)
-            if known is None:
-                tightest[stage.device_index] = [least, at_ns, end_ns]
-                continue
-            if least > known[0]:
-                known[0], known[1] = least, at_ns
-            known[2] = max(known[2], end_ns)
-        for device, (least, at_ns, last_ns) in tightest.items():
-            clock = self._clock(device)
-            clock.lower(at_ns, at_ns + least)
-            clock.upper(last_ns, step.seen_ns)
+    def learn(self, reaches: Mapping[int, Reach], seen_ns: int) -> None:
+        """What a step says about its devices' clocks: of each side's bounds the tightest will do.
 
-    def place(self, step: Step) -> list[Place]:
+        Args:
+            reaches: Of the step.
+            seen_ns: When the host had seen all of it done.
+        """
+        for device, reach in reaches.items():
+            clock = self._clock(device)
+            clock.lower(reach.at_ns, reach.at_ns + reach.least_ns)
+            clock.upper(reach.last_ns, seen_ns)
+
+    def place(self, step: Step, reaches: Mapping[int, Reach]) -> list[Place]:
         """Place each outermost stage by its middle; the stages inside keep their exact distances from it."""
         stages = step.stages
-        roots: list[int] = []
-        groups: dict[int, _Group] = {}
-        for index, stage in enumerate(stages):
-            inside = stage.parent >= 0 and _same_clock(stage, stages[stage.parent])
-            root = roots[stage.parent] if inside else index
-            roots.append(root)
-            if stage.device_ns is not None:
-                # Neither event can have happened before it was enqueued, nor after it was seen done.
-                first_ns, last_ns = stage.device_ns, stage.device_ns + stage.duration_ns
-                earliest, latest = max(stage.entered_ns - first_ns, stage.exited_ns - last_ns), step.seen_ns - last_ns
-                if root != index:
-                    around = groups[root]
-                    earliest, latest = max(earliest, around[0]), min(latest, around[1])
-                    first_ns, last_ns = min(first_ns, around[2]), max(last_ns, around[3])
-                groups[root] = earliest, latest, first_ns, last_ns
-        lines = self._lines(stages, groups)
+        roots, groups = _groups(step)
+        lines = {device: self._line(device, reach) for device, reach in reaches.items()}
         shifts: dict[int, tuple[int, int | None]] = {}
         started: dict[tuple[int, int], int] = {}
-        for root, group in groups.items():
-            stage = stages[root]
-            earliest = group[0]
-            device_ns = stage.device_ns or 0
-            line = lines[stage.device_index]
-            # A stream works in order, whatever the bounds of each have done.
-            stream = stage.device_index, stage.stream_id
-            least = started.get(stream, earliest + device_ns) - device_ns
-            shift = (max(earliest, least), None) if line is None else line.place(group, least)
-            started[stream] = device_ns + shift[0]
-            shifts[root] = shift
         placed: list[Place] = []
-        for stage, root in zip(stages, roots, strict=True):
-            if stage.device_ns is None:
-                place = Place(stage.entered_ns, stage.entered_ns + stage.duration_ns, None)
+        for index, stage in enumerate(stages):
+            device_ns, parent = stage.device_ns, stage.parent
+            if device_ns is None:
+                entered_ns = stage.entered_ns
+                place = _new_tuple(Place, (entered_ns, entered_ns + stage.duration_ns, None))
             else:
+                root = roots[index]
+                if root == index:
+                    group, line = groups[index], lines[stage.device_index]
+                    stream = stage.device_index, stage.stream_id
+                    # A stream works in order, whatever the bounds of each have done.
+                    least = started.get(stream, device_ns + group[0]) - device_ns
+                    shift = (max(group[0], least), None) if line is None else line.place(group, least)
+                    started[stream] = device_ns + shift[0]
+                    shifts[index] = shift
                 shift_ns, uncertainty_ns = shifts[root]
-                start_ns = stage.device_ns + shift_ns
-                place = Place(start_ns, start_ns + stage.duration_ns, uncertainty_ns)
-            # On another stream, or by another clock, it may well reach beyond what is around it.
-            inside = stage.parent >= 0 and _same_stream(stage, stages[stage.parent])
-            placed.append(_within(place, placed[stage.parent]) if inside else place)
+                start_ns = device_ns + shift_ns
+                place = _new_tuple(Place, (start_ns, start_ns + stage.duration_ns, uncertainty_ns))
+            if parent >= 0 and _same_stream(stage, stages[parent]):
+                # On another stream, or by another clock, it may well reach beyond what is around it.
+                place = _within(place, placed[parent])
+            placed.append(place)
         return placed
 
-    def _lines(self, stages: list[Stage], groups: dict[int, _Group]) -> dict[int, _Line | None]:
-        """Of each device the line through the step's first and last device time; None where there is no map yet."""
-        ends: dict[int, tuple[int, int, int, int]] = {}
-        for root, group in groups.items():
-            device, near_ns = stages[root].device_index, stages[root].entered_ns
-            _, _, first_ns, last_ns = group
-            end = ends.get(device)
-            if end is None:
-                ends[device] = first_ns, near_ns, last_ns, near_ns
-                continue
-            first = (first_ns, near_ns) if first_ns < end[0] else end[:2]
-            last = (last_ns, near_ns) if last_ns > end[2] else end[2:]
-            ends[device] = *first, *last
-        lines: dict[int, _Line | None] = {}
-        for device, (first_ns, near_first_ns, last_ns, near_last_ns) in ends.items():
-            clock = self._clocks[device]
-            start, end_place = clock.at(first_ns, near_first_ns), clock.at(last_ns, near_last_ns)
-            if start is None or end_place is None:
-                lines[device] = None
-            else:
-                lines[device] = _Line.through(first_ns, start, last_ns, end_place)
-        return lines
+    def _line(self, device: int, reach: Reach) -> _Line | None:
+        """The line through a step's first and last time on a device; None where there is no map yet."""
+        clock = self._clocks[device]
+        start, end = clock.at(reach.first_ns, reach.near_first_ns), clock.at(reach.last_ns, reach.near_last_ns)
+        return None if start is None or end is None else _Line.through(reach.first_ns, start, reach.last_ns, end)
 
     def _clock(self, device_index: int) -> DeviceClock:
         clock = self._clocks.get(device_index)
@@ -232,6 +205,28 @@ class Timeline:
             clock.lower(ping.device_ns, ping.before_ns)
             clock.upper(ping.device_ns, ping.seen_ns)
         return clock
+
+
+def _groups(step: Step) -> tuple[list[int], dict[int, _Group]]:
+    """Of each stage the outermost around it that its clock timed, and by those what they are together."""
+    stages, seen_ns = step.stages, step.seen_ns
+    roots: list[int] = []
+    groups: dict[int, _Group] = {}
+    for index, stage in enumerate(stages):
+        first_ns, parent = stage.device_ns, stage.parent
+        root = roots[parent] if parent >= 0 and _same_clock(stage, stages[parent]) else index
+        roots.append(root)
+        if first_ns is None:
+            continue
+        # Neither event can have happened before it was enqueued, nor after it was seen done.
+        last_ns = first_ns + stage.duration_ns
+        earliest, latest = max(stage.entered_ns - first_ns, stage.exited_ns - last_ns), seen_ns - last_ns
+        if root != index:
+            around = groups[root]
+            earliest, latest = max(earliest, around[0]), min(latest, around[1])
+            first_ns, last_ns = min(first_ns, around[2]), max(last_ns, around[3])
+        groups[root] = earliest, latest, first_ns, last_ns
+    return roots, groups
 
 
 def _same_clock(stage: Stage, around: Stage) -> bool:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from otel_npu.relay.placing import Place, Ran
-    from otel_npu.wire.frames import Stage, Step
+    from otel_npu.wire.frames import Stage
 
 _FORWARD: Final = "forward"
 _ALIKE: Final = 0.1
@@ -52,21 +52,15 @@ class Bubbles:
         self._before: dict[int, tuple[int, int, int]] = {}
         """By device, of the step before: its start and end on the device, and its start on the host."""
 
-    def before(self, step: Step) -> int | None:
+    def before(self, ran: Ran) -> int | None:
         """Nanoseconds from the end of the step before to the start of this one, by the clock of its device.
 
         None where no stage was timed by a device, where there was no step before, and where the clock has jumped.
         """
-        stages = [stage for stage in step.stages if stage.device_ns is not None]
-        if not stages:
+        step, device = ran.step, ran.device
+        if device is None:
             return None
-        device = stages[0].device_index
-        spans = [
-            (stage.device_ns, stage.device_ns + stage.duration_ns)
-            for stage in stages
-            if stage.device_ns is not None and stage.device_index == device
-        ]
-        start_ns, end_ns = min(spans)[0], max(end_ns for _, end_ns in spans)
+        start_ns, end_ns = ran.extent
         before = self._before.get(device)
         self._before[device] = start_ns, end_ns, step.opened_ns
         if before is None or not before[0] <= start_ns <= before[1] + step.seen_ns - before[2]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -10,9 +10,6 @@ from otel_npu.relay.placing import Place, Ran
 from otel_npu.relay.verdicts import Bubbles, Straggler, launch_bound, straggler
 from tests.helpers.built import stage, step
 from tests.helpers.joined import MS, STEP_NS, Joined, attributes
-
-if TYPE_CHECKING:
-    from otel_npu.wire import frames
 
 US = 1_000
 
@@ -77,14 +74,15 @@ def test_a_step_of_which_a_rank_is_missing_names_nobody() -> None:
 # Bubbles
 
 
-def ran(start_ns: int, end_ns: int, *, host_ns: int | None = None, device: int = 0) -> frames.Step:
+def ran(start_ns: int, end_ns: int, *, host_ns: int | None = None, device: int = 0) -> Ran:
     """A step of two stages on the device."""
     opened_ns = start_ns if host_ns is None else host_ns
     stages = [
         stage(device_ns=start_ns, duration_ns=1, device_index=device),
         stage(device_ns=end_ns - 1, duration_ns=1, device_index=device),
     ]
-    return step(opened_ns=opened_ns, seen_ns=opened_ns + end_ns - start_ns, stages=stages)
+    made = step(opened_ns=opened_ns, seen_ns=opened_ns + end_ns - start_ns, stages=stages)
+    return Ran(made, ([], 0, 0), 0, has_device=True)
 
 
 def test_a_bubble_is_what_lies_between_two_steps_on_the_devices_clock() -> None:
@@ -99,7 +97,7 @@ def test_each_device_has_its_own_and_what_the_host_timed_has_none() -> None:
     bubbles = Bubbles()
     assert bubbles.before(ran(0, 10 * MS)) is None
     assert bubbles.before(ran(50 * MS, 60 * MS, device=1)) is None
-    assert bubbles.before(step(stages=[stage(device_ns=None)])) is None
+    assert bubbles.before(Ran(step(stages=[stage(device_ns=None)]), ([], 0, 0), 0, has_device=True)) is None
     assert bubbles.before(ran(13 * MS, 20 * MS)) == 3 * MS
 
 

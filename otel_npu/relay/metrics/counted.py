@@ -191,9 +191,8 @@ class Counted:
         process = _process(ran)
         captured = self._captured(step)
         common = _step_key(ran, process)
-        first_ns, last_ns, on_device = extent(step.stages, step.opened_ns, step.closed_ns)
-        device, busy_ns = common[3], 0
-        if on_device:
+        (first_ns, last_ns), device, busy_ns = ran.extent, ran.device, 0
+        if device is not None:
             busy_ns = max(0, last_ns - max(first_ns, self._ends_ns.get(device, first_ns)))
             self._ends_ns[device] = max(last_ns, self._ends_ns.get(device, last_ns))
         lag_ns = max(0, step.seen_ns - ran.end_ns)
@@ -203,7 +202,7 @@ class Counted:
                 families[semconv.STEPS_RESOLVED].add(process, 1)
                 families[semconv.STEPS_CAPTURED].add(process, captured)
                 families[semconv.STEP_DURATION].record(common, last_ns - first_ns)
-                if on_device:
+                if device is not None:
                     families[semconv.DEVICE_STEP_TIME].add((*process, device), busy_ns)
                     families[semconv.RESOLVER_LAG].record(process, lag_ns)
                     if ran.idle_ns is not None:
@@ -301,7 +300,7 @@ class Counted:
         process = _process(ran)
         step, unix_ns = ran.step, ran.unix_ns
         common = _step_key(ran, process)
-        first_ns, last_ns, _ = extent(step.stages, step.opened_ns, step.closed_ns)
+        first_ns, last_ns = ran.extent
         for book in self._books:
             with book.lock:
                 families = book.families
@@ -351,30 +350,13 @@ def _stage_key(stage: Stage, kind: str, process: _StageKey, mode: Any) -> _Stage
 def _step_key(ran: Ran, process: _StageKey) -> _StageKey:
     step = ran.step
     mode = step.attributes.get(semconv.GRAPH_MODE) if step.attributes else None
-    timed = next((stage for stage in step.stages if stage.device_ns is not None), None)
     return (
         step.kind,
         *process,
-        None if timed is None else timed.device_index,
-        semconv.TIMING_HOST if timed is None else semconv.TIMING_DEVICE,
+        ran.device,
+        semconv.TIMING_HOST if ran.device is None else semconv.TIMING_DEVICE,
         mode if isinstance(mode, str) else None,
     )
-
-
-def extent(stages: Sequence[Stage], opened_ns: int, closed_ns: int) -> tuple[int, int, bool]:
-    """From where to where a step reaches, by the clock of the device that timed its first stage, or by the host's."""
-    device: int | None = None
-    first_ns = last_ns = 0
-    for stage in stages:
-        at_ns = stage.device_ns
-        if at_ns is None or device not in (None, stage.device_index):
-            continue
-        if device is None:
-            device, first_ns, last_ns = stage.device_index, at_ns, at_ns
-        first_ns, last_ns = min(first_ns, at_ns), max(last_ns, at_ns + stage.duration_ns)
-    if device is None:
-        return opened_ns, max(opened_ns, closed_ns), False
-    return first_ns, last_ns, True
 
 
 def _resident_bytes() -> int:
