@@ -998,6 +998,57 @@ static PyObject *front_step(PyObject *module, PyObject *const *args, Py_ssize_t 
     return (PyObject *)handle;
 }
 
+/* `scope()` of `vllm/worker.py`: where no step is open, and where a worker's is and the scope is known; else the function
+   in Python is called. What is known is None for what is no stage, or a name, attributes, and whether the host times it. */
+
+static struct {
+    PyObject *scope, *known, *nothing, *without;
+} scopes;
+
+static PyObject *front_scope(PyObject *module, PyObject *name)
+{
+    PyObject *found, *made = NULL, *known = NULL;
+    if (PyContextVar_Get(open_step, NULL, &found) < 0)
+        return NULL;
+    if (found == Py_None)
+        made = Py_NewRef(scopes.nothing);
+    else if (PyUnicode_CheckExact(name) && PyObject_TypeCheck(found, &StepRecord_Type) &&
+             (known = PyDict_GetItemWithError(scopes.known, name)) != NULL) {
+        StepRecord *step = (StepRecord *)found;
+        if (step->rank != no_rank && step->closed_ns == 0 && step->kind != scopes.without && capturing() == step->capture)
+            made = known == Py_None ? Py_NewRef(scopes.nothing)
+                                    : make_stage(front.Stage, step->capture, PyTuple_GET_ITEM(known, 0),
+                                                 PyTuple_GET_ITEM(known, 1), PyTuple_GET_ITEM(known, 2) == Py_True);
+    }
+    if (made == NULL && !PyErr_Occurred())
+        made = PyObject_CallOneArg(scopes.scope, name);
+    Py_DECREF(found);
+    return made;
+}
+
+static PyObject *scope_in_front(PyObject *module, PyObject *args)
+{
+    static PyMethodDef definition = {"scope", front_scope, METH_O, "The function in Python, for what is known."};
+    PyObject *scope, *known, *nothing, *without, *raw, *of;
+    Py_ssize_t at = 0;
+    if (!PyArg_ParseTuple(args, "OO!OO", &scope, &PyDict_Type, &known, &nothing, &without))
+        return NULL;
+    while (PyDict_Next(known, &at, &raw, &of))
+        if (of != Py_None && (!PyTuple_Check(of) || PyTuple_GET_SIZE(of) != 3)) {
+            PyErr_SetString(PyExc_TypeError, "a scope is None, or a name, attributes and a flag");
+            return NULL;
+        }
+    if (front.Stage == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "before there are stages");
+        return NULL;
+    }
+    GIVE(scopes.scope, Py_NewRef(scope));
+    GIVE(scopes.known, Py_NewRef(known));
+    GIVE(scopes.nothing, Py_NewRef(nothing));
+    GIVE(scopes.without, Py_NewRef(without));
+    return PyCFunction_New(&definition, NULL);
+}
+
 /* A function of ours with the name, the signature and the text of the one in Python that it goes before. */
 static PyObject *stand_before(PyObject *function, PyMethodDef *definition, const char *signature, PyObject *module)
 {
@@ -1440,6 +1491,7 @@ static PyObject *use_clock(PyObject *module, PyObject *clock)
 
 static PyMethodDef functions[] = {
     {"stand_in_front", stand_in_front, METH_VARARGS, "The functions that go before `stage` and `step` in Python."},
+    {"scope_in_front", scope_in_front, METH_VARARGS, "The function that goes before `scope` of vLLM's worker."},
     {"new_step", (PyCFunction)(void (*)(void))new_step, METH_FASTCALL, "A step to be opened."},
     {"new_stage", (PyCFunction)(void (*)(void))new_stage, METH_FASTCALL, "A stage to be entered."},
     {"pack", pack, METH_VARARGS, "Steps as one packet."},

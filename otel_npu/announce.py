@@ -15,7 +15,7 @@ from otel_npu.standard import bad_value
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from otel_npu.devices import Device
+    from otel_npu.devices.device import Device
     from otel_npu.settings import Settings
 
 _log = logging.getLogger("otel_npu")

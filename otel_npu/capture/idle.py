@@ -16,10 +16,10 @@ from otel_npu.drops import REPORT_SECONDS
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
+    from otel_npu.capture.link import RelayLink
     from otel_npu.capture.resolver import Resolver
     from otel_npu.capture.shared import Capture, Thread
     from otel_npu.wire.channel import Channel
-    from otel_npu.wire.link import RelayLink
 
 _log = logging.getLogger("otel_npu")
 

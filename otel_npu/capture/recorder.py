@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
 from otel_npu.capture.idle import IdleThread
+from otel_npu.capture.link import RelayLink
 from otel_npu.capture.records import BATCH, BATCH_NS, MAX_PENDING
 from otel_npu.capture.resolver import Resolver, give_up
 from otel_npu.capture.shared import Capture
 from otel_npu.drops import Drops
 from otel_npu.wire import frames
 from otel_npu.wire.channel import Channel
-from otel_npu.wire.link import RelayLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from otel_npu.capture.records import Rank
     from otel_npu.capture.shared import Thread
-    from otel_npu.devices import Device
+    from otel_npu.devices.device import Device
     from otel_npu.settings import Settings
 
 EXIT_SECONDS: Final = 2.0

@@ -21,7 +21,7 @@ from otel_npu.wire import frames
 if TYPE_CHECKING:
     from otel_npu.capture.records import StageRecord, StepRecord
     from otel_npu.capture.shared import Thread
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.device import Pair
     from otel_npu.drops import Drops
     from otel_npu.wire.channel import Channel
 

@@ -14,12 +14,12 @@ from otel_npu import devices, semconv
 from otel_npu.capture import context
 from otel_npu.capture.records import BATCH, CaptureRecord, ThreadRecord
 from otel_npu.devices.cpu import Cpu
-from otel_npu.devices.pair import Pool, Stream
+from otel_npu.devices.device import Pool, Stream
 from otel_npu.drops import Drops
 from otel_npu.interrupts import from_outside
 
 if TYPE_CHECKING:
-    from otel_npu.devices import Device
+    from otel_npu.devices.device import Device
     from otel_npu.settings import Settings
 
 _log = logging.getLogger("otel_npu")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from otel_npu.capture.shared import Capture
-    from otel_npu.devices.pair import Pair, Stream
+    from otel_npu.devices.device import Pair, Stream
 
 _log = logging.getLogger("otel_npu")
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from otel_npu.capture.decorate import AnyStage
-    from otel_npu.devices import Device
+    from otel_npu.devices.device import Device
 
 _log = logging.getLogger("otel_npu")
 

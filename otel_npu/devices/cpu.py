@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from otel_npu.devices.pair import Pair, Pool
+    from otel_npu.devices.device import Pair, Pool
 
 
 class HostStream:

@@ -17,7 +17,7 @@ from otel_npu.native import native
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from otel_npu.devices.pair import Pair, Pool
+    from otel_npu.devices.device import Pair, Pool
 
 # Event ids a device: 65536 on A2/A3, 1023 on 310P; a record may block when they run out, so stay far below.
 _POOL_PAIRS: Final = 1024

@@ -15,7 +15,7 @@ from otel_npu.devices.ping import Ping, ping
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from otel_npu.devices.pair import Pair, Pool
+    from otel_npu.devices.device import Pair, Pool
 
 _TICK_NS: Final = 20  # the 50 MHz timestamps of an Ascend 910B
 

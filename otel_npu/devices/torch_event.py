@@ -11,7 +11,7 @@ from otel_npu.devices.ping import Ping, ping
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from otel_npu.devices.pair import Pair, Pool
+    from otel_npu.devices.device import Pair, Pool
 
 # torch gives elapsed time as float milliseconds, on most devices of float32 precision: up to 4 s apart the steps
 # between two values are below half a microsecond.

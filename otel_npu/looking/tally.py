@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.relay.placing import Place, Ran
-    from otel_npu.relay.requests import OpenRequest
     from otel_npu.wire.frames import Hello, Scheduled, Stage, Unfinished
 
 WINDOW_SECONDS: Final = 10
@@ -184,7 +183,9 @@ class ProcessTally:
     def kept(self, ran: Ran, spans: Sequence[ReadableSpan], reason: str) -> None:
         """A step has become a trace."""
 
-    def request(self, request: OpenRequest, spans: Sequence[ReadableSpan], unix_ns: int) -> None:
+    def request(
+        self, reason: str | None, device_ns: int, attributed_ns: int, spans: Sequence[ReadableSpan], unix_ns: int
+    ) -> None:
         """A request is over."""
 
 

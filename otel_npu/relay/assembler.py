@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
 
     from otel_npu.relay.placing import Placed
-    from otel_npu.relay.requests import OpenRequest
     from otel_npu.relay.spans import SpanMaker
     from otel_npu.relay.wall import WallClock
     from otel_npu.wire.frames import Hello, Scheduled, Step, Unfinished
@@ -46,8 +45,10 @@ class Counting(Protocol):
     def kept(self, ran: Ran, spans: Sequence[ReadableSpan], reason: str) -> None:
         """A step has become a trace: these are its spans."""
 
-    def request(self, request: OpenRequest, spans: Sequence[ReadableSpan], unix_ns: int) -> None:
-        """A request is over: these are its spans."""
+    def request(
+        self, reason: str | None, device_ns: int, attributed_ns: int, spans: Sequence[ReadableSpan], unix_ns: int
+    ) -> None:
+        """A request is over for this reason: how long its steps took, its share of that, and its spans."""
 
     def hang(self, frame: Unfinished) -> None:
         """A stage hangs."""

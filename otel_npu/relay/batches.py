@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from otel_npu.relay.client import Account
+    from otel_npu.relay.account import Account
 
 _FAST: Final = 1  # what the next levels save is not worth their time
 _LITTLE: Final = 3  # what zlib makes so many times smaller is small

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from otel_npu.drops import Drops
+    from otel_npu.relay.account import Account
     from otel_npu.relay.batches import Load
-    from otel_npu.relay.client import Account
 
 _log = logging.getLogger("otel_npu.relay")
 

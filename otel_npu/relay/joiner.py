@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from otel_npu import semconv
-from otel_npu.relay.engine import Engine, EngineStep
+from otel_npu.relay.engine import Engine
+from otel_npu.relay.engine_step import EngineStep
 from otel_npu.relay.making import Unmade
 from otel_npu.relay.requests import OpenRequest
 from otel_npu.wire import frames
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.drops import Drops
-    from otel_npu.relay.client import Account, Client
+    from otel_npu.relay.account import Account
+    from otel_npu.relay.client import Client
     from otel_npu.relay.placing import Ran
     from otel_npu.relay.wall import WallClock
 
@@ -170,7 +172,7 @@ class Joiner:
 
     def open_requests(self) -> list[tuple[Client, frames.Request]]:
         """The requests under way: whose they are, and what announced them."""
-        return [(request.engine.client, request.frame) for request in self._requests.values()]
+        return [(request.client, request.frame) for request in self._requests.values()]
 
     def part(self, client: Client) -> None:
         """This process has gone: what its engine had under way is over, though its workers may still tell of it."""
@@ -206,7 +208,7 @@ class Joiner:
         if step.scheduled is not None:
             return
         self._let_go(frame.span_id)
-        step.engine, step.scheduled = engine, frame
+        step.client, step.scheduled = engine.client, frame
         engine.steps[frame.span_id] = step
         for number, tokens, prefill in zip(frame.requests, frame.tokens, frame.prefills, strict=True):
             request = requests.get(number)
@@ -308,16 +310,15 @@ class Joiner:
         """The engine is done with a step; its ranks may have still to tell."""
         step.over = True
         step.deadline = self._now() + RANKS_SECONDS
-        assert step.engine is not None
-        step.engine.steps.pop(span_id, None)
+        self._forget_step(span_id, step)
         if step.complete:
             self._done(span_id, step)
 
     def _settle(self, step: EngineStep) -> None:
         step.settle()
         for part in step.parts:
-            request = part.request
-            if not request.forgotten:
+            request = self._requests.get(part.request.frame.key)
+            if request is part.request:  # it is followed still
                 request.settled()
                 if request.complete:
                     self._finish(request)
@@ -326,26 +327,32 @@ class Joiner:
         """Forget a step and, if it is a trace, make its span."""
         del self._steps[span_id]
         self._let_go(span_id)
-        engine, scheduled = step.engine, step.scheduled
-        if engine is None or scheduled is None:
+        client, scheduled = step.client, step.scheduled
+        if client is None or scheduled is None:
             return
-        engine.steps.pop(span_id, None)
+        self._forget_step(span_id, step)
         if not step.settled:
             self._settle(step)
-        self._count_straggler(engine, step)
+        self._count_straggler(client, step)
         if step.reason and scheduled.trace_id:
-            engine.client.assembler.count_drops(self._drops.take_unsent())
-            self._put(Unmade(lambda: self._span(step), gives_way=1), engine.client.account)
+            client.assembler.count_drops(self._drops.take_unsent())
+            self._put(Unmade(lambda: self._span(step), gives_way=1), client.account)
         else:
             step.release()
+
+    def _forget_step(self, span_id: bytes, step: EngineStep) -> None:
+        """Its engine has no more to do with it, if it is there still."""
+        engine = None if step.client is None else self._engines.get(step.client)
+        if engine is not None:
+            engine.steps.pop(span_id, None)
 
     def _span(self, step: EngineStep) -> list[ReadableSpan]:
         span = step.span(self._wall.offset_ns())
         step.release()
         return [span]
 
-    def _count_straggler(self, engine: Engine, step: EngineStep) -> None:
-        counted = engine.client.assembler.counted
+    def _count_straggler(self, client: Client, step: EngineStep) -> None:
+        counted = client.assembler.counted
         late = None if counted is None else step.straggler()
         if counted is not None and late is not None and step.scheduled is not None:
             counted.straggled(step.scheduled.kind, late.skew_ns, step.ranks[late.rank])
@@ -369,14 +376,14 @@ class Joiner:
                 engine.sends[number] = requests[number].frame, frame.at_ns
         sent = [engine.sends.pop(number) for number in frame.sent if number in engine.sends]
         if sent:
-            self._put(Unmade(lambda: self._send_spans(engine, frame, sent)), engine.client.account)
+            self._put(Unmade(lambda: self._send_spans(engine.client, frame, sent)), engine.client.account)
 
     def _send_spans(
-        self, engine: Engine, frame: frames.Transfers, sent: list[tuple[frames.Request, int]]
+        self, client: Client, frame: frames.Transfers, sent: list[tuple[frames.Request, int]]
     ) -> list[ReadableSpan]:
         from otel_npu.relay.request_spans import send_span
 
-        return [send_span(engine, *each, frame, self._wall.offset_ns()) for each in sent]
+        return [send_span(client, *each, frame, self._wall.offset_ns()) for each in sent]
 
     def _open(self, engine: Engine, frame: frames.Request) -> None:
         for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):
@@ -386,7 +393,7 @@ class Joiner:
             self._drops.add(semconv.TOO_MANY_REQUESTS)
             engine.client.account.lose()
             return
-        request = OpenRequest(engine, frame)
+        request = OpenRequest(engine.client, frame)
         self._requests[frame.key] = engine.requests[frame.number] = request
         _, end = self._strange_ends.pop(frame.key, (0.0, None))
         if end is not None:
@@ -410,24 +417,27 @@ class Joiner:
 
     def _finish(self, request: OpenRequest) -> None:
         self._forget(request)
-        self._put(Unmade(lambda: self._spans(request)), request.engine.client.account)
+        self._put(Unmade(lambda: self._spans(request)), request.client.account)
 
     def _spans(self, request: OpenRequest) -> list[ReadableSpan]:
         from otel_npu.relay.request_spans import request_spans  # with the SDK, which is imported while frames are read
 
         spans = request_spans(request, self._wall.offset_ns())
-        counted = request.engine.client.assembler.counted
+        counted = request.client.assembler.counted
         if counted is not None:
-            counted.request(request, spans, time.time_ns())
+            reason = None if request.end is None else request.end.reason
+            counted.request(reason, request.device_ns, request.attributed_ns, spans, time.time_ns())
         return spans
 
     def _give_up(self, request: OpenRequest, reason: str) -> None:
         self._forget(request)
         self._drops.add(reason)
-        request.engine.client.account.lose()
+        request.client.account.lose()
 
     def _forget(self, request: OpenRequest) -> None:
         request.forgotten = True
         del self._requests[request.frame.key]
-        del request.engine.requests[request.frame.number]
+        engine = self._engines.get(request.client)
+        if engine is not None:
+            engine.requests.pop(request.frame.number, None)
         self._ending.pop(request.frame.key, None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_npu.drops import Drops
-    from otel_npu.relay.client import Account
+    from otel_npu.relay.account import Account
     from otel_npu.relay.export import ExportQueue
 
 _log = logging.getLogger("otel_npu.relay")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+import time
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHORTEST_SECONDS: Final = 0.005
 LONGEST_SECONDS: Final = 0.05
 PACKETS_A_LOOK: Final = 8
 """So many of one client's packets shall have come since the last look; a stock socket holds 98 of 2 kB."""
 _EMPTY_LOOKS: Final = 3
+_ALONE_SECONDS: Final = 0.2
 
 
 class Pace:
@@ -16,12 +21,18 @@ class Pace:
 
     A packet that comes while the relay waits for it makes the sender wake it: up to 30 us in the model's thread, more
     than sending. So while packets come the relay looks by itself, the more rarely the fewer they are. When little
-    comes it waits, and is woken: that costs less than looking for nothing a hundred times a second.
+    comes it waits, and is woken: that costs less than looking for nothing a hundred times a second. A packet that comes
+    alone, as an idle worker's look at its clock does, is no reason to look for more.
+
+    Args:
+        now: Seconds that go on by themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._seconds = LONGEST_SECONDS
-        self._empty = _EMPTY_LOOKS
+        self._empty = _EMPTY_LOOKS + 1
+        self._last = -_ALONE_SECONDS
 
     def pause(self, packets: int) -> float | None:
         """Seconds until the next look; None to wait in the sockets.
@@ -30,11 +41,13 @@ class Pace:
             packets: The most that one client had sent since the last look.
         """
         if packets:
+            now, last = self._now(), self._last
+            self._last = now
+            if self._empty > _EMPTY_LOOKS and packets == 1 and now - last >= _ALONE_SECONDS:
+                return None
             self._empty = 0
             wanted = self._seconds * PACKETS_A_LOOK / packets
             self._seconds = min(max(wanted, SHORTEST_SECONDS), LONGEST_SECONDS)
             return self._seconds
         self._empty += 1
-        if self._empty > _EMPTY_LOOKS:
-            return None
-        return LONGEST_SECONDS
+        return None if self._empty > _EMPTY_LOOKS else LONGEST_SECONDS

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext
 
-    from otel_npu.relay.engine import Engine, StepTimes
+    from otel_npu.relay.client import Client
+    from otel_npu.relay.engine_step import StepTimes
     from otel_npu.relay.requests import Load, OpenRequest, Phase
     from otel_npu.wire.frames import Request, Stage, Transfers
 
@@ -40,11 +41,11 @@ def request_spans(request: OpenRequest, unix_ns: int) -> list[ReadableSpan]:
     return _RequestSpans(request, unix_ns).spans
 
 
-def send_span(engine: Engine, frame: Request, start_ns: int, sent: Transfers, unix_ns: int) -> ReadableSpan:
+def send_span(client: Client, frame: Request, start_ns: int, sent: Transfers, unix_ns: int) -> ReadableSpan:
     """`kv_send` of a request whose KV cache somebody else has fetched.
 
     Args:
-        engine: The request's engine.
+        client: The process of the request's engine.
         frame: The request.
         start_ns: When it was over.
         sent: The frame that said that its blocks are free.
@@ -58,7 +59,7 @@ def send_span(engine: Engine, frame: Request, start_ns: int, sent: Transfers, un
     }
     if frame.response_id:
         attributes[semconv.RESPONSE_ID] = frame.response_id
-    return engine.client.assembler.spans.span(
+    return client.assembler.spans.span(
         semconv.KV_SEND,
         span_context(trace_id, os.urandom(8)),
         span_context(trace_id, frame.parent_span_id),
@@ -71,7 +72,7 @@ class _RequestSpans:
     def __init__(self, request: OpenRequest, unix_ns: int) -> None:
         self._request = request
         self._unix_ns = unix_ns
-        self._maker = request.engine.client.assembler.spans
+        self._maker = request.client.assembler.spans
         self._trace_id = int.from_bytes(request.frame.trace_id, "big")
         self.spans: list[ReadableSpan] = []
         ran = [

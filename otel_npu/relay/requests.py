@@ -8,9 +8,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_npu import semconv
+from otel_npu.relay.engine_step import Part
 
 if TYPE_CHECKING:
-    from otel_npu.relay.engine import Engine, EngineStep, StepTimes
+    from otel_npu.relay.client import Client
+    from otel_npu.relay.engine_step import EngineStep, StepTimes
     from otel_npu.wire.frames import Request, RequestEnd
 
 ABORT: Final = "abort"
@@ -114,30 +116,6 @@ class Phase:
         return ShownStep(times.end_ns - times.start_ns, self.steps, times, tokens, self.device_ns)
 
 
-class Part:
-    """What a request had of a step.
-
-    Attributes:
-        request: The request.
-        step: The step.
-        tokens: How many of the step's tokens were for it.
-        decode: Whether that belongs to its decode phase.
-        outputs: How many output tokens it had after the step; -1 if the step gave it no output.
-        last: Whether the engine finished it with this output.
-        late: Whether the step was under way when the engine let go of it.
-    """
-
-    __slots__ = ("decode", "last", "late", "outputs", "request", "step", "tokens")
-
-    def __init__(self, request: OpenRequest, step: EngineStep, tokens: int, *, decode: bool) -> None:
-        self.request = request
-        self.step = step
-        self.tokens = tokens
-        self.decode = decode
-        self.outputs = -1
-        self.last = self.late = False
-
-
 class Load:
     """A request's wait for KV cache from elsewhere.
 
@@ -164,7 +142,7 @@ class OpenRequest:
 
     Attributes:
         frame: What the engine announced it with.
-        engine: Its engine.
+        client: The process of its engine.
         deadline: When it is done with, whatever is still missing; never before an end is known.
         end: What the front end said of its end.
         engine_end_ns: When the engine was done with it, if it is.
@@ -190,11 +168,11 @@ class OpenRequest:
         "_unsettled",
         "accepted_tokens",
         "cached_tokens",
+        "client",
         "deadline",
         "decode",
         "drafted_tokens",
         "end",
-        "engine",
         "engine_end_ns",
         "events",
         "fetched_tokens",
@@ -207,9 +185,9 @@ class OpenRequest:
         "untimed",
     )
 
-    def __init__(self, engine: Engine, frame: Request) -> None:
+    def __init__(self, client: Client, frame: Request) -> None:
         self.frame = frame
-        self.engine = engine
+        self.client = client
         self.deadline = math.inf
         self.end: RequestEnd | None = None
         self.engine_end_ns: int | None = None
@@ -244,6 +222,16 @@ class OpenRequest:
     def complete(self) -> bool:
         """Whether all is known that there is to know."""
         return self.end is not None and self.engine_end_ns is not None and not self._unsettled
+
+    @property
+    def device_ns(self) -> int:
+        """How long its steps took on the device."""
+        return self.prefill.device_ns + self.decode.device_ns
+
+    @property
+    def attributed_ns(self) -> int:
+        """Its share of that, by tokens, and of its steps that were surplus."""
+        return round(sum(phase.attributed_ns for phase in (self.prefill, self.decode, self.surplus)))
 
     def take_part(self, step: EngineStep, opened_ns: int, tokens: int, *, prefill: bool) -> Part:
         """It is in a step that was scheduled now."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanLimits
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from otel_npu.relay.client import Account
+    from otel_npu.relay.account import Account
     from otel_npu.relay.export import ExportQueue
 
 _log = logging.getLogger("otel_npu.relay")

@@ -14,7 +14,7 @@ from otel_npu.vllm import tracing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from otel_npu.vllm.front_end import Arrival
+    from otel_npu.vllm.arrival import Arrival
 
 TRACER: Final = "vllm.tracing.otel"
 """Makes vLLM's span of a request."""

@@ -13,7 +13,7 @@ from otel_npu import semconv
 from otel_npu.capture import context
 from otel_npu.slow import SlowSteps
 from otel_npu.vllm import tracing
-from otel_npu.vllm.front_end import announced
+from otel_npu.vllm.arrival import announced
 from otel_npu.vllm.transfers import TransferLog
 from otel_npu.vllm.usage import Verified, cached_tokens
 from otel_npu.wire import frames

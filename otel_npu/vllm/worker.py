@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import switch
-from otel_npu.capture.context import Ids, new_bytes
+from otel_npu.capture.context import NO_RANK, Ids, new_bytes, open_step
 from otel_npu.capture.records import Rank, new_stage, new_step
 from otel_npu.capture.stages import Stage
 from otel_npu.capture.steps import Step
+from otel_npu.native import native
 from otel_npu.vllm import stages, tracing
 from otel_npu.vllm.engine import STEP_ATTRIBUTE
 from otel_npu.wire import frames
@@ -32,15 +33,19 @@ _FULL: Final = "full"
 _GRAPH_MODES: Final = 16
 
 
-class _Thread(threading.local):
-    """The worker's step that is open on this thread, if its stages are wanted."""
+class _Loads(threading.local):
+    """Of this thread's step.
 
-    step: Step | None = None
-    loads_kv: bool = True
-    """Whether its step loads KV cache before its forward; versions that don't say may."""
+    Attributes:
+        any: Whether it loads KV cache before its forward; versions that don't say may.
+    """
+
+    any: bool = True
 
 
-_thread = _Thread()
+_loads: Final = _Loads()
+_connectors = False
+"""Whether there is a connector to load from."""
 
 
 class WorkerSteps:
@@ -54,6 +59,13 @@ class WorkerSteps:
         """What knows the attributes already."""
         self._warming_up = False
         self._step: Step | None = None
+        self._worker = worker
+
+    @functools.cached_property
+    def samples(self) -> bool:
+        """Whether `sample_tokens` follows: not for pooling, and not in versions that have no such call."""
+        worker = self._worker
+        return hasattr(worker, "sample_tokens") and not getattr(worker.model_runner, "is_pooling_model", False)
 
     def open(self, scheduler_output: Any) -> None:
         """A step begins, if it runs the model."""
@@ -62,7 +74,8 @@ class WorkerSteps:
         recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
-        _thread.loads_kv = getattr(scheduler_output, "has_sync_kv_loads", True)
+        if _connectors:
+            _loads.any = getattr(scheduler_output, "has_sync_kv_loads", True)
         told = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         if told is None:
             if recorder.was_switched:  # its engine is off still, or already
@@ -92,14 +105,14 @@ class WorkerSteps:
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
-        step, self._step, _thread.step = self._step, None, None
+        step, self._step = self._step, None
         if step is not None:
             step.close(error)
 
     def _open(self, step: Step) -> None:
         step.open()
         if step.closed_ns == 0:
-            self._step = _thread.step = step
+            self._step = step
 
     def _recorder(self) -> Recorder | None:
         if self._warming_up:
@@ -124,16 +137,6 @@ def _of(worker: Any) -> WorkerSteps:
         return steps
 
 
-# Without `tracing.guarded`, for what runs with each step: another call costs, where nothing is in the caches.
-
-
-def _begin(worker: Any, scheduler_output: Any) -> None:
-    try:
-        _of(worker).open(scheduler_output)
-    except Exception:
-        tracing.fault()
-
-
 def _end(worker: Any, error: type[BaseException] | None = None) -> None:
     try:
         _of(worker).close(error)
@@ -154,15 +157,23 @@ def _warm_up(worker: Any, *, on: bool) -> None:
 def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     """`Worker.execute_model`: the step begins; it ends here if the output is returned, or nobody will sample."""
 
+    # Without `tracing.guarded`, for what runs with each step: another call costs, where nothing is in the caches.
     def call(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        _begin(self, scheduler_output)
+        try:
+            _of(self).open(scheduler_output)
+        except Exception:
+            tracing.fault()
         try:
             output = execute_model(self, scheduler_output, *args, **kwargs)
         except BaseException as error:
             _end(self, type(error))
             raise
-        if output is not None or not _samples(self):
-            _end(self)
+        try:
+            steps = _of(self)
+            if output is not None or not steps.samples:
+                steps.close()
+        except Exception:
+            tracing.fault()
         return output
 
     return call
@@ -239,17 +250,20 @@ def _end_in_ray(wrapper: Any, error: type[BaseException] | None = None) -> None:
     _of(wrapper.worker).close(error)
 
 
-def _samples(worker: Any) -> bool:
-    """Whether `sample_tokens` follows: not for pooling, and not in versions that have no such call."""
-    return hasattr(worker, "sample_tokens") and not getattr(worker.model_runner, "is_pooling_model", False)
+def _open_step() -> Any:
+    """The worker's step that is open here; None if there is none, or only one of the program's."""
+    step = open_step.get()
+    while step is not None and (step.rank is NO_RANK or step.closed_ns != 0):
+        step = step.outer
+    return step
 
 
 # Scopes.
 
 
 def scope(name: str) -> contextlib.AbstractContextManager[None]:
-    """A scope of vLLM's or vllm-ascend's: a stage of the worker's step that is open on this thread, else nothing."""
-    step = _thread.step
+    """A scope of vLLM's or vllm-ascend's: a stage of the worker's step that is open here, else nothing."""
+    step = _open_step()
     if step is None or step.kind == _DUMMY or switch._recorder is not step.capture:
         return _NOTHING
     entry = stages.STAGES.get(name) if type(name) is str else None  # nearly always there
@@ -264,6 +278,19 @@ def scope(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 _NOTHING: Final = contextlib.nullcontext()
+
+if native is not None:
+    # The function above for all that is in the table but the forward, without an interpreter.
+    scope = native.scope_in_front(
+        scope,
+        {
+            raw: None if entry.timing is stages.IGNORED else (entry.name, entry.attributes, entry.timing is stages.HOST)
+            for raw, entry in stages.STAGES.items()
+            if entry.name != _FORWARD
+        },
+        _NOTHING,
+        _DUMMY,
+    )
 
 
 def take_slot(record_function_or_nullcontext: Callable[..., Any]) -> Callable[..., Any]:
@@ -330,7 +357,8 @@ def staged(raw_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _is_open(raw_name: str) -> bool:
-    last = _thread.step.stages[-1] if _thread.step is not None and _thread.step.stages else None
+    step = _open_step()
+    last = step.stages[-1] if step is not None and step.stages else None
     return last is not None and not last.exited_ns and last.name == stages.canonical(raw_name).name
 
 
@@ -350,7 +378,7 @@ def full_graph(run_fullgraph: Callable[..., Any]) -> Callable[..., Any]:
     run = staged(_FORWARD)(run_fullgraph)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        step = _thread.step
+        step = _open_step()
         if step is not None:
             step.attributes = _graph_mode(_FULL)
         return run(*args, **kwargs)
@@ -388,15 +416,17 @@ def loading_kv(create_connector: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stage_loads(connector: Any) -> None:
+    global _connectors  # noqa: PLW0603
     if getattr(connector.role, "name", "") == "WORKER":
-        _stage_method(connector, "start_load_kv", _loads)
+        _stage_method(connector, "start_load_kv", _staged_load)
+        _connectors = True
 
 
-def _loads(start_load_kv: Callable[..., Any]) -> Callable[..., Any]:
+def _staged_load(start_load_kv: Callable[..., Any]) -> Callable[..., Any]:
     load = staged(_KV_LOAD)(start_load_kv)
 
     def call(*args: Any, **kwargs: Any) -> Any:  # of every step, most of which load nothing
-        return load(*args, **kwargs) if _thread.loads_kv else start_load_kv(*args, **kwargs)
+        return load(*args, **kwargs) if _loads.any else start_load_kv(*args, **kwargs)
 
     return call
 
@@ -414,7 +444,7 @@ def noting_graph_mode(set_forward_context: Callable[..., Any]) -> Callable[..., 
     @contextlib.contextmanager
     def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with set_forward_context(*args, **kwargs) as entered:
-            step = _thread.step
+            step = _open_step()
             if step is not None:
                 _add_graph_mode(step)
             yield entered
@@ -442,7 +472,7 @@ def pop_captured_sync(_: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _dummy_forward() -> Iterator[None]:
-    step = _thread.step
+    step = _open_step()
     if step is None:
         yield
         return

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
-_DEFERRED: Final = 16
+_DEFERRED: Final = 64
 _DEFERRED_NS: Final = 50_000_000
+_SOON_NS: Final = 30_000_000
 _FRAMES_PER_LOCK: Final = 16
 _MAX_ANSWERS: Final = 64
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
@@ -89,10 +90,11 @@ class Channel:
         self.drain()
 
     def defer(self, dropped: dict[str, int], make: Callable[..., frames.Frame], *args: Any) -> None:
-        """Make a frame and send it with those to come: with the 16th, or when the first has waited for 50 ms.
+        """Make a frame and send it with those to come: by whoever drains, before another frame is sent, or here.
 
-        Or before another is sent. What is done once between two steps is dear: see `benchmarks/vllm_step_cost.py`. It
-        may be made on another thread, but never two at once, and in the order in which they were deferred.
+        Here with the 64th, or when the first has waited for 50 ms: nobody has drained then. What is done once between
+        two steps is dear: see `benchmarks/vllm_step_cost.py`. Never two are made at once, and they are made in the
+        order in which they were deferred.
 
         Args:
             dropped: The drop counts in it, if any; should it be dropped, they go with a later one.
@@ -173,7 +175,7 @@ class Channel:
 
     def drain(self) -> None:
         """Send what waits, as far as the socket takes it, and what was deferred for long enough."""
-        if self._deferred and perf_counter_ns() - self._deferred_since_ns > _DEFERRED_NS:
+        if self._deferred and perf_counter_ns() - self._deferred_since_ns > _SOON_NS:
             self.send_deferred()
         while self._drain_some():
             pass

@@ -55,8 +55,8 @@ def queries(content: Any) -> Iterator[str]:
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has scraped a fleet of four ranks twice, and what its relay says of itself."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
+    from otel_npu.relay.metrics.plans import Plan
     from otel_npu.relay.metrics.prometheus import Scraped
-    from otel_npu.relay.metrics.readers import Plan
 
     port = free_port()
     reader = Scraped("127.0.0.1", port)

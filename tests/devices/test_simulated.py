@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_npu.devices.pair import Pair, Pool
+from otel_npu.devices.device import Pair, Pool
 from otel_npu.devices.ping import ping
 from otel_npu.devices.simulated import SimulatedNpu
 from tests.helpers.capturing import MILLISECOND, SECOND, Clock, simulated

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import otel_npu
-from otel_npu.devices.pair import Pair, Pool
+from otel_npu.devices.device import Pair, Pool
 from otel_npu.devices.torch_event import stream_key
 from tests.helpers.capturing import MILLISECOND, SECOND, Captured, capturing
 

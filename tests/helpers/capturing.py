@@ -14,10 +14,10 @@ from unittest import mock
 
 import otel_npu
 from otel_npu.capture import switch
+from otel_npu.capture.link import RelayLink
 from otel_npu.devices.simulated import SimulatedNpu
 from otel_npu.settings import Settings
 from otel_npu.wire import frames
-from otel_npu.wire.link import RelayLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

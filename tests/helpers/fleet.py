@@ -20,7 +20,7 @@ from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
 from otel_npu.relay.joiner import Joiner
 from otel_npu.relay.metrics.counted import Metrics
-from otel_npu.relay.metrics.readers import Plan
+from otel_npu.relay.metrics.plans import Plan
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.slow import SlowSteps
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from otel_npu.relay.client import Account
+    from otel_npu.relay.account import Account
     from tests.helpers.capturing import Captured
 
 UNIX_NS: Final = 1_700_000_000_000_000_000

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from otel_npu.relay.client import Account
+    from otel_npu.relay.account import Account
     from otel_npu.wire import frames
 
 UNIX_NS = 1_700_000_000_000_000_000  # Unix time when the host's monotonic clock is at 0

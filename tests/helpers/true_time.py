@@ -21,6 +21,7 @@ from otel_npu import semconv
 from otel_npu.capture import context, plain, resolver, switch
 from otel_npu.capture import idle as idle_thread
 from otel_npu.capture.idle import IDLE_SECONDS, WATCH_SECONDS
+from otel_npu.capture.link import RelayLink
 from otel_npu.capture.recorder import Recorder
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu, SimulatedStream
 from otel_npu.native import native
@@ -29,14 +30,13 @@ from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.settings import Settings
 from otel_npu.wire import frames
-from otel_npu.wire.link import RelayLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from otel_npu.devices.pair import Pair
+    from otel_npu.devices.device import Pair
     from otel_npu.wire.channel import Channel
 
 S, MS, US = 1_000_000_000, 1_000_000, 1_000

@@ -10,8 +10,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
 
+from otel_npu.relay.account import Account
 from otel_npu.relay.batches import Batch, Delivery, Load
-from otel_npu.relay.client import Account
 from otel_npu.relay.destination import (
     FIRST_WAIT_SECONDS,
     GIVE_UP_SECONDS,

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter, Sp
 from opentelemetry.trace import SpanContext
 
 from otel_npu.drops import Drops
-from otel_npu.relay.client import Account
+from otel_npu.relay.account import Account
 from otel_npu.relay.destination import Destination
 from otel_npu.relay.export import ExportQueue
 from otel_npu.relay.exporters import exporters_from_environment

@@ -10,7 +10,7 @@ import pytest
 from otel_npu import semconv
 from otel_npu.drops import Drops
 from otel_npu.relay import making as making_module
-from otel_npu.relay.client import Account
+from otel_npu.relay.account import Account
 from otel_npu.relay.making import Making, Unmade
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from otel_npu.relay.pace import LONGEST_SECONDS, PACKETS_A_LOOK, SHORTEST_SECONDS, Pace
 
 
@@ -9,8 +11,16 @@ def test_where_nothing_comes_it_waits_to_be_woken() -> None:
     assert Pace().pause(0) is None
 
 
-def test_after_a_packet_it_looks_a_few_times_more_and_then_waits() -> None:
+def test_a_packet_that_comes_alone_makes_it_look_for_no_more() -> None:
+    now = itertools.count(step=1.0)  # each ping of an idle worker a second after the one before
+    pace = Pace(now.__next__)
+    assert [pace.pause(1) for _ in range(3)] == [None, None, None]
+    assert Pace(now.__next__).pause(2) == LONGEST_SECONDS
+
+
+def test_after_packets_it_looks_a_few_times_more_and_then_waits() -> None:
     pace = Pace()
+    pace.pause(1)
     pace.pause(1)
     pauses = [pace.pause(0) for _ in range(5)]
     assert pauses[:3] == [LONGEST_SECONDS] * 3
@@ -20,7 +30,7 @@ def test_after_a_packet_it_looks_a_few_times_more_and_then_waits() -> None:
 def test_a_look_finds_about_as_many_packets_however_many_come() -> None:
     for a_second in (200, 1000):
         pace = Pace()
-        seconds = pace.pause(1) or 0.0
+        seconds = pace.pause(2) or 0.0
         for _ in range(20):
             seconds = pace.pause(max(1, round(a_second * seconds))) or 0.0
         assert 0.5 < a_second * seconds / PACKETS_A_LOOK < 2

@@ -16,8 +16,8 @@ from opentelemetry.trace import SpanKind
 
 from otel_npu import semconv
 from otel_npu.relay import joiner
-from otel_npu.relay.engine import EngineStep, StepTimes
-from otel_npu.relay.requests import RECENT_STEPS, SHOWN_PREFILL_STEPS, OpenRequest, Part, Phase
+from otel_npu.relay.engine_step import EngineStep, StepTimes
+from otel_npu.relay.requests import RECENT_STEPS, SHOWN_PREFILL_STEPS, OpenRequest, Phase
 from tests.helpers.built import stage
 from tests.helpers.joined import (
     MS,
@@ -701,7 +701,7 @@ def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, mo
 def test_nothing_is_kept_of_10000_requests(joined: Joined) -> None:
     def alive() -> int:
         gc.collect()
-        return sum(type(item) in {EngineStep, StepTimes, OpenRequest, Part, Phase} for item in gc.get_objects())
+        return sum(type(item) in {EngineStep, StepTimes, OpenRequest, Phase} for item in gc.get_objects())
 
     before = alive()
     joined.joiner._put = lambda spans, account: None

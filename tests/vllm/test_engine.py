@@ -11,7 +11,7 @@ import pytest
 
 import otel_npu
 from otel_npu.vllm import engine
-from otel_npu.vllm.front_end import KEY, Announced
+from otel_npu.vllm.arrival import KEY, Announced
 from otel_npu.vllm.usage import cached_tokens
 from otel_npu.wire import frames
 from tests.helpers.capturing import capturing, wait_until

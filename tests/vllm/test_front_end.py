@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from otel_npu import semconv
 from otel_npu.capture import switch
 from otel_npu.vllm import front_end
-from otel_npu.vllm.front_end import KEY, announced
+from otel_npu.vllm.arrival import KEY, Announced, Arrival, announced
 from otel_npu.wire import frames
 from tests.helpers.capturing import capturing
 
@@ -158,7 +158,7 @@ def request(request_id: str = "id-0", headers: dict[str, str] | None = None) -> 
     )
 
 
-def numbers(told: front_end.Announced) -> tuple[int, int, int]:
+def numbers(told: Announced) -> tuple[int, int, int]:
     return tuple(int.from_bytes(value, "big") for value in (told.trace_id, told.key, told.parent_span_id))  # type: ignore[return-value]
 
 
@@ -167,7 +167,7 @@ def ends(captured: Captured) -> list[frames.RequestEnd]:
     return [frame for frame in captured.sent if isinstance(frame, frames.RequestEnd)]
 
 
-def arrive(processor: Processor, made: Any) -> front_end.Announced:
+def arrive(processor: Processor, made: Any) -> Announced:
     processor.add_request(made)
     told = announced(made.trace_headers)
     assert told is not None
@@ -360,7 +360,7 @@ def test_a_session_with_its_inputs_in_a_stream_has_no_request_spans(captured: Ca
     ],
 )
 def test_the_id_that_the_client_got_is_the_one_without_the_prompts_number(request_id: str, response_id: str) -> None:
-    told = front_end.Announced(b"k" * 8, b"t" * 16, b"s" * 8, request_id)
+    told = Announced(b"k" * 8, b"t" * 16, b"s" * 8, request_id)
     assert told.response_id == response_id
 
 
@@ -452,7 +452,7 @@ def test_nothing_is_left_of_10000_requests(captured: Captured, provider: Provide
         provider.forget()
     gc.collect()
     # By type(): isinstance() asks each object for its `__class__`, which may be anybody's code.
-    assert not [made for made in gc.get_objects() if type(made) is front_end.Arrival]
+    assert not [made for made in gc.get_objects() if type(made) is Arrival]
 
 
 # Where vLLM itself doesn't trace.

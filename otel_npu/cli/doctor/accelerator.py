@@ -14,12 +14,12 @@ from otel_npu import devices, host
 from otel_npu.cli.doctor import sources
 from otel_npu.cli.doctor.findings import Finding, Status, failed, first_line, not_applicable, ok, warning
 from otel_npu.cli.doctor.settings import wanted_device
-from otel_npu.devices.pair import Pair, Pool
+from otel_npu.devices.device import Pair, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from otel_npu.devices import Device
+    from otel_npu.devices.device import Device
 
 TORCH: Final = "torch"
 TORCH_NPU: Final = "torch_npu"

@@ -9,7 +9,7 @@ from otel_npu import semconv
 from otel_npu.relay.metrics.series import Family
 
 if TYPE_CHECKING:
-    from otel_npu.relay.metrics.readers import Plan
+    from otel_npu.relay.metrics.plans import Plan
     from otel_npu.relay.metrics.series import Key, Names
     from otel_npu.wire.frames import Hello
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.relay.metrics.books import Shelf
-from otel_npu.relay.metrics.readers import ReaderError, exemplar_filter, plans_from_environment, reader
+from otel_npu.relay.metrics.plans import ReaderError, exemplar_filter, plans_from_environment
+from otel_npu.relay.metrics.readers import reader
 from otel_npu.relay.metrics.series import Exemplar, Names
 
 if TYPE_CHECKING:
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
 
     from otel_npu.drops import Drops
     from otel_npu.relay.metrics.books import Book
-    from otel_npu.relay.metrics.readers import Plan
+    from otel_npu.relay.metrics.plans import Plan
     from otel_npu.relay.metrics.source import Source
     from otel_npu.relay.placing import Ran
-    from otel_npu.relay.requests import OpenRequest
     from otel_npu.wire.frames import Hello, Scheduled, Stage, Step, Unfinished
 
 _log = logging.getLogger("otel_npu.relay")
@@ -246,12 +246,11 @@ class Counted:
                 book.families[semconv.SKEW].record((kind,), skew_ns)
                 book.families[semconv.STRAGGLES].add(_process(ran), 1)
 
-    def request(self, request: OpenRequest, spans: Sequence[ReadableSpan], unix_ns: int) -> None:
-        """A request is over: it is closed, and these are its spans."""
-        key = (request.end.reason if request.end is not None else None,)
-        phases = (request.prefill, request.decode)
-        device_ns = sum(phase.device_ns for phase in phases)
-        attributed_ns = round(sum(phase.attributed_ns for phase in (*phases, request.surplus)))
+    def request(
+        self, reason: str | None, device_ns: int, attributed_ns: int, spans: Sequence[ReadableSpan], unix_ns: int
+    ) -> None:
+        """A request is over for this reason: how long its steps took, its share of that, and its spans."""
+        key = (reason,)
         span = spans[-1].context if spans else None
         exemplar = None
         if span is not None and not self._never:

@@ -19,7 +19,7 @@ from otel_npu.relay.outcomes import Later, Never, Taken
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from otel_npu.relay.metrics.readers import Plan
+    from otel_npu.relay.metrics.plans import Plan
 
 _log = logging.getLogger("otel_npu.relay")
 

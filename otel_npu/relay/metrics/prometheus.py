@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.samples import Exemplar
 
 from otel_npu import semconv
-from otel_npu.relay.metrics.readers import HOST, PORT
+from otel_npu.relay.metrics.plans import HOST, PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 
 from otel_npu.relay.metrics.otlp import OtlpMetrics
-from otel_npu.relay.metrics.readers import plans_from_environment
+from otel_npu.relay.metrics.plans import plans_from_environment
 from tests.helpers.collector import Collector
 from tests.helpers.traced import Programs
 

@@ -14,7 +14,8 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 
 from otel_npu.drops import Drops
 from otel_npu.relay.metrics.counted import Metrics
-from otel_npu.relay.metrics.readers import Plan, ReaderError, exemplar_filter, plans_from_environment, reader
+from otel_npu.relay.metrics.plans import Plan, ReaderError, exemplar_filter, plans_from_environment
+from otel_npu.relay.metrics.readers import reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

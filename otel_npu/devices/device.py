@@ -1,12 +1,76 @@
-"""The pair of events that times one stage, the bounded pool that it comes from, and the stream of its records."""
+"""What a kind of device answers to, the pairs of events that time stages on it, their bounded pool, and its streams."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from otel_npu.devices import Device
+    from collections.abc import Sequence
+
+    from otel_npu.devices.ping import Ping
+
+
+class Device(Protocol):
+    """One kind of device; a process may use several of a kind, told apart by their index."""
+
+    kind: str
+    """The torch device type, or `cpu` or `simulated`."""
+
+    host_clock: bool
+    """Whether its times are the host's own: then nothing has to be placed."""
+
+    resolution_ns: int
+    """A device time stands for an instant in [time, time + resolution)."""
+
+    pools: dict[int, Pool]
+    """Its event pairs, by device index. They live as long as it does: to destroy an event is work for the device."""
+
+    pool_pairs: int
+    """How many event pairs may exist on each device; far below the event ids that the hardware has."""
+
+    def current_stream_key(self) -> Any:
+        """What tells the calling thread's current stream from any other, of any device. Called for every stage."""
+
+    def current_stream(self) -> Any:
+        """That stream, with `device_index` and `stream_id`."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph. Asked on side streams only."""
+
+    def new_event(self, device_index: int, /) -> Any:
+        """An event with timing, with `record(stream)`, `query()` and `synchronize()`."""
+
+    def read(self, device_index: int, pairs: Sequence[Pair], /) -> list[tuple[int, int]]:
+        """Start and duration of each pair, all of this device and done, in nanoseconds of the device's own clock.
+
+        Raises:
+            OSError, RuntimeError: The device's times can't be read.
+        """
+
+    def made(self, event: Any, /) -> bool:
+        """Whether an event whose record has failed exists: it is made at its first record, which may be refused.
+
+        Then the failure is ours alone. Any other may be the model's.
+        """
+
+    def adopt_thread(self, device_index: int, /) -> None:
+        """Make the calling thread fit to query and read events of this device."""
+
+    def ping(self, device_index: int, budget_ns: int, /) -> Ping | None:
+        """What the device's clock shows now; None if that can't be had within the budget.
+
+        Called by one thread, which has been adopted.
+
+        Raises:
+            OSError, RuntimeError: The device reports an error.
+        """
+
+    def captured(self, stream_key: Any, /) -> bool:
+        """Whether a graph is being captured, on the stream with this key or on the usual one. As for `ping`."""
+
+    def name(self, device_index: int, /) -> str:
+        """The device's model, or an empty string."""
 
 
 class Pair:

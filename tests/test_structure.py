@@ -1,8 +1,9 @@
-"""Each module of capture depends on those below it alone, types included, and so does the rest of the hot half."""
+"""Who depends on whom, types included: modules in no circle, packages and the modules of capture in one order."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -19,9 +20,9 @@ ROOT: Final = REPOSITORY / "otel_npu"
 # From what a stage is to who turns it on; a reader follows a stage from right to left once, and never comes back.
 ORDER: Final = (
     *("context", "arguments", "plain", "records", "shared", "decorate", "off", "steps", "stages"),
-    *("resolver", "hang", "idle", "recorder", "switch", "durations"),
+    *("resolver", "hang", "link", "idle", "recorder", "switch", "durations"),
 )
-PACKAGES: Final = ("devices", "wire", "capture", "vllm")
+PACKAGES: Final = ("devices", "wire", "relay", "capture", "vllm")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -47,6 +48,19 @@ def test_a_module_of_capture_imports_only_what_is_below_it(name: str) -> None:
     above = ORDER[ORDER.index(name) + 1 :]
     found = {part for imported in imports(modules("capture")[name]) for part in imported.split(".")[2:3]}
     assert not found & set(above)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    paths = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    order = TopologicalSorter({name: _imported(path, set(modules)) - {name} for name, path in modules.items()})
+    order.prepare()  # CycleError names one
+
+
+def _imported(path: Path, modules: set[str]) -> set[str]:
+    """Which modules one imports: of a package's own only what is not in a module of it."""
+    found = [name for name in imports(path) if name in modules]
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
 @pytest.mark.parametrize(("below", "above"), list(pairwise(PACKAGES)))
