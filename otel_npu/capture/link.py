@@ -130,6 +130,7 @@ class RelayLink:
             closing.callback(theirs.close)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, rendezvous.SEND_BUFFER_BYTES)
             server = Server(exporters, environment=environment)
+            closing.callback(server.close)
             server.add_client(theirs)
             thread = threading.Thread(target=server.run, name="otel-npu relay", daemon=True)
             thread.start()

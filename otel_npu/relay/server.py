@@ -146,6 +146,13 @@ class Server:
         self._stopping = True
         self._clients.wake()
 
+    def close(self) -> None:
+        """Let go of all that it has: it is not to run after all."""
+        self._making.all().close(0.0)
+        if self._metrics is not None:
+            self._metrics.close(0.0)
+        self._clients.close()
+
     def run(self, leave: Callable[[], None] = lambda: None, exporting: Callable[[int], None] = lambda _: None) -> None:
         """Serve until there is nobody left to serve, or until stopped; then read and export what is there.
 

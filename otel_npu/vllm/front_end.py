@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE: Final = "_otel_npu_arrival"
 _GIVES_IDS: Final = "_otel_npu_gives_ids"
+_MAX_ID: Final = 1024  # characters of a request's id
 _LLM_REQUEST: Final = "llm_request"
 _ABORT: Final = "abort"
 _ERROR: Final = "error"
@@ -90,7 +91,8 @@ def _choose(request: Any, headers: dict[str, str], maker: Any) -> Arrival:
     else:
         parent_span_id = span_context.span_id.to_bytes(8, "big")
         sampled = span_context.is_valid and bool(span_context.trace_flags & SAMPLED) and not _always_off()
-    request_id = getattr(request, "external_req_id", None) or request.request_id
+    given = str(getattr(request, "external_req_id", None) or request.request_id)
+    request_id = given[:_MAX_ID].encode(errors="replace").decode()  # as long as a client likes, and whatever it likes
     told = Announced(key, trace_id.to_bytes(16, "big"), parent_span_id, request_id) if sampled else None
     return Arrival(told, parent, sampling, int(request.arrival_time * 1e9))
 

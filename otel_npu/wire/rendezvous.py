@@ -244,7 +244,10 @@ def _folders() -> list[Path]:
 
 def _first_place(session: str, complaints: list[str]) -> tuple[Path | None, socket.socket | None]:
     """A listening socket in the first folder in which there can be one, or a connection if somebody listens there."""
-    for folder in _folders():
+    folders = _folders()
+    if not folders:
+        complaints.append("there is no folder that can be written to")
+    for folder in folders:
         path = folder / f"{session}.sock"
         try:
             PrivateFolder(folder, make=True).close()

@@ -356,6 +356,17 @@ def test_what_all_exporters_lose_is_counted_once(exporter: Exporter, sender: Sen
     assert bench.drops.take_unsent() == {"export_failed": 5}
 
 
+def test_a_flush_of_which_some_spans_are_rejected_is_not_complete(sender: Sender) -> None:
+    bench = Bench(sender)
+    sender.says = lambda _: Taken(rejected=2, message="quota exceeded")
+    bench.put(*numbered(range(5)))
+    assert not bench.flush()
+    assert bench.drops.take_unsent() == {"export_rejected": 2}
+    sender.says = lambda _: Taken()
+    bench.put(*spans("later"))
+    assert bench.flush()
+
+
 def test_one_exporter_does_not_wait_for_the_other(exporter: Exporter, sender: Sender) -> None:
     bench = Bench(exporter, sender)
     exporter.released.clear()

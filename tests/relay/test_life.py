@@ -235,6 +235,41 @@ def test_without_any_folder_the_socket_has_an_abstract_name_that_children_find(
     assert "the relay's socket is an abstract one" in line
 
 
+def with_mounts(programs: Programs, mounts: str) -> list[str]:
+    """The command of a worker that sees these mounts, it alone."""
+    command = ["unshare", "--mount", "sh", "-e", "-c", f'{mounts}; exec "$@"', "sh"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("nothing may be mounted here")
+    return [*command, sys.executable, str(programs.worker)]
+
+
+@pytest.mark.parametrize(
+    ("mounts", "said"),
+    [
+        (
+            "mount -t tmpfs -o nr_inodes=1 none {run}",
+            "otel-npu-{uid}: No space left on device; the relay's socket is {tmp}/",
+        ),
+        ("mount -t tmpfs -o ro none {run}", ""),
+        (
+            "mount -o remount,bind,ro /; mount -t tmpfs -o ro none /dev/shm",
+            "there is no folder that can be written to; the relay's socket is an abstract one",
+        ),
+    ],
+    ids=["full", "read-only", "a read-only root"],
+)
+def test_where_nothing_can_be_written_there_is_another_place(
+    programs: Programs, receiver: Receiver, mounts: str, said: str
+) -> None:
+    where = {"run": programs.run_folder, "tmp": programs.temporary_folder, "uid": os.getuid()}
+    worker = programs.start(receiver.grpc_environment, command=with_mounts(programs, mounts.format(**where)))
+    assert worker.ask("steps(3) and otel_npu.flush(20)") is True
+    assert step_numbers(receiver.spans) == [1, 2, 3]
+    assert len(programs.relays()) == 1
+    assert len(programs.log.splitlines()) == bool(said)
+    assert said.format(**where) in programs.log
+
+
 CHILD = """
 import json, os, shutil, subprocess, sys
 import otel_npu

@@ -152,3 +152,24 @@ def test_what_goes_to_the_console_is_still_written(programs: Programs) -> None:
         check=True,
     )
     assert '"name": "forward"' in done.stdout
+
+
+LEAVES_OUT = """
+import otel_npu
+for _ in range(3):
+    with otel_npu.step("decode", requests=["no traceparent"]):
+        pass
+print("done")
+"""
+
+
+@pytest.mark.parametrize("export", ["relay", "inprocess"])
+def test_what_was_left_out_is_said_when_the_program_ends(programs: Programs, export: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_OUT],
+        env={**os.environ, **programs.environment, "OTEL_TRACES_EXPORTER": "none", "OTEL_NPU_EXPORT": export},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "left out in the last minute: 3 bad_link\n"

@@ -296,10 +296,17 @@ def test_each_sequence_of_one_call_has_a_span_of_its_own_under_the_caller(
     assert {each.trace_id for each in told} == {(0xABC).to_bytes(16, "big")}
 
 
-def test_the_users_id_of_the_request_is_told_whatever_is_in_it(captured: Captured, provider: Provider) -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("a;b-c\nd", "a;b-c\nd"), ("ü", "ü"), ("\ud800", "?"), ("x" * 200_000, "x" * 1024)],
+    ids=["text", "umlaut", "surrogate", "200 kB"],
+)
+def test_the_users_id_of_the_request_is_told_whatever_is_in_it(
+    captured: Captured, provider: Provider, given: str, told: str
+) -> None:
     made = request()
-    made.external_req_id = "a;b-c\nd"
-    assert arrive(Processor(), made).request_id == "a;b-c\nd"
+    made.external_req_id = given
+    assert arrive(Processor(), made).request_id == told
 
 
 @pytest.mark.parametrize("aborted", [False, True])
