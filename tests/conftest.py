@@ -8,6 +8,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 # Where torch_npu is installed, importing torch without an Ascend runtime fails; who wants both loads both.
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from tests.helpers.ascend.simulator import Simulator
     from tests.helpers.capturing import Captured, Exported
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("anywhere", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("anywhere")
 
 
 @pytest.fixture(autouse=True)

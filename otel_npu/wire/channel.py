@@ -195,6 +195,8 @@ class Channel:
         if connection is None:
             return False
         if not self._is_ours(connection):
+            if connection is not self._socket:  # another thread of ours has closed it just now
+                return False
             _log.warning("the program has closed the descriptor of the connection to the relay: it is made anew")
             self.close()
             return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.trace import SpanKind, StatusCode
@@ -417,7 +417,6 @@ def place_of(given_stage: frames.Stage) -> tuple[int, int, bool]:
     return given_stage.device_index, given_stage.stream_id, given_stage.device_ns is None
 
 
-@settings(deadline=None)
 @pytest.mark.slow
 @given(hosts, st.lists(st.tuples(mixed_ways, st.integers(0, 3 * MS)), min_size=1, max_size=4))
 def test_no_span_breaks_causality(host: Host, steps: list[tuple[list[Work], int]]) -> None:
@@ -429,7 +428,6 @@ def test_no_span_breaks_causality(host: Host, steps: list[tuple[list[Work], int]
         check_causality(frame, spans.step(frame))
 
 
-@settings(deadline=None)
 @pytest.mark.slow
 @given(hosts, st.lists(st.tuples(ways, st.integers(0, 3 * MS)), min_size=1, max_size=4))
 def test_on_one_stream_each_span_is_where_it_was_within_its_uncertainty(

@@ -82,7 +82,7 @@ starts = st.integers(0, 40 * DAY)
 
 @pytest.mark.slow
 @given(bounds, drifts, starts, starts, st.sampled_from([0, 20, 1000]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_the_truth_is_within_the_uncertainty_which_is_never_negative(
     bounds: list[Bound], ppm: float, device_start: int, host_start: int, resolution: int
 ) -> None:
@@ -105,7 +105,7 @@ def test_the_truth_is_within_the_uncertainty_which_is_never_negative(
 
 @pytest.mark.slow
 @given(bounds, st.lists(st.floats(-1, 1), min_size=20, max_size=20), st.floats(-150, 150), starts)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_the_truth_stays_within_while_the_oscillator_wanders_by_up_to_its_limit(
     bounds: list[Bound], pushes: list[float], ppm: float, device_start: int
 ) -> None:
@@ -140,7 +140,6 @@ def test_the_truth_stays_within_while_the_oscillator_wanders_by_up_to_its_limit(
 
 
 @given(bounds, drifts, st.lists(st.integers(0, 10 * S), min_size=2, max_size=20))
-@settings(deadline=None)
 def test_places_keep_the_order_of_device_times(bounds: list[Bound], ppm: float, queries: list[int]) -> None:
     host = line(ppm, 0, DAY)
     clock, device_ns = DeviceClock(), 100 * S
@@ -176,7 +175,7 @@ def possible(constraints: list[tuple[int, int, int]], query: int) -> tuple[Fract
     st.integers(-150_000, 150_000),
     st.integers(-50 * S, 400 * S),
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_limits_are_those_of_every_line_between_the_bounds_found_by_brute_force(
     extra: list[tuple[int, int, int]], ppb: int, query: int
 ) -> None:
@@ -198,7 +197,6 @@ def test_the_limits_are_those_of_every_line_between_the_bounds_found_by_brute_fo
 
 
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e-4, 1e-4)), min_size=30, max_size=60))
-@settings(deadline=None)
 def test_dropping_an_edge_loses_no_possible_line(points: list[tuple[float, float]]) -> None:
     polygon = clock_module._hull(list(points))
     if len(polygon) < 5:
@@ -302,7 +300,6 @@ def test_after_a_jump_spans_are_right_again_within_two_seconds(jump_ns: int, ppm
 
 
 @given(bounds, st.integers(1 * MS, 5 * DAY), st.sampled_from([1, -1]))
-@settings(deadline=None)
 def test_what_follows_a_reset_is_within_its_uncertainty(bounds: list[Bound], jump: int, sign: int) -> None:
     clock = DeviceClock()
     end = feed(clock, line(30, 10 * DAY, 20 * DAY), 10 * DAY, 10)

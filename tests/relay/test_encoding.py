@@ -85,13 +85,13 @@ def pairs(**changes: Any) -> Any:
     return encoded(span(**changes)).resource_spans[0].scope_spans[0].spans[0].attributes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(SPANS, min_size=1, max_size=3))
 def test_any_spans_are_what_the_sdk_makes_of_them(spans: list[ReadableSpan]) -> None:
     assert encoded(*spans) == by_the_sdk(*spans)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, (1 << 128) - 1), st.integers(1, (1 << 64) - 1)), max_size=40))
 def test_links_as_frames_have_them_are_what_the_objects_are(ids: list[tuple[int, int]]) -> None:
     raw = [trace.to_bytes(16, "big") + number.to_bytes(8, "big") + b"\1" for trace, number in ids]

@@ -650,7 +650,7 @@ def heard(seed: int, depth: int, order: random.Random | None) -> tuple[Joined, l
     return joined, sorted(spans, key=str)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_spans_do_not_depend_on_the_order_in_which_processes_are_read(
     seed: int, depth: int, order: random.Random

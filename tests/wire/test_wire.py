@@ -369,6 +369,20 @@ def test_it_notices_that_the_relay_has_gone_and_begins_anew_with_the_next(line: 
     assert line.drops.take_line() == ""
 
 
+def test_a_connection_that_is_closed_while_it_is_looked_at_was_not_closed_by_the_program(
+    line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed_meanwhile(_: object) -> bool:
+        monkeypatch.undo()
+        line.channel.close()
+        return False
+
+    monkeypatch.setattr(line.channel, "_is_ours", closed_meanwhile)
+    assert not line.channel.hung_up()
+    assert not line.channel.connected
+    assert caplog.records == []
+
+
 def test_to_look_for_the_end_takes_no_answer_away(line: Line) -> None:
     assert line.peer is not None
     line.peer.send(b"answer")
