@@ -25,7 +25,7 @@ class Phase(str, enum.Enum):
 
 class Kind(enum.Enum):
     SAMPLE = "sample"
-    OTHER = object()
+    OTHER = (1, 2)
 
 
 class Level(enum.IntEnum):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from otel_npu.capture.link import RelayLink
 from otel_npu.drops import Drops
 from otel_npu.settings import Settings
 from otel_npu.wire import frames, rendezvous
 from otel_npu.wire.channel import Channel
-from otel_npu.wire.link import RelayLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
