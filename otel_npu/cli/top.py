@@ -85,6 +85,7 @@ class Top:
             "session": self._connection.session,
             "processes": len(state.processes),
             "on": sum(process.on for process in state.processes),
+            "until": round(time.time() - (time.perf_counter_ns() - self._tally.window()[2]) * 1e-9, 3),
             **summary(self._tally, self.rank),
             "dropped": state.dropped,
             "unseen_packets": state.unseen,

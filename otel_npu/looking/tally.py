@@ -103,16 +103,16 @@ class Tally:
                 del self._seconds[min(self._seconds)]
         return second
 
-    def window(self) -> tuple[list[Second], float]:
-        """The last whole seconds of which all has come, or the first as far as it has; and how long they are."""
+    def window(self) -> tuple[list[Second], float, int]:
+        """The last whole seconds of which all has come, or the first as far as it has; how long; and until when."""
         passed_ns = self.upto_ns - self._began_ns
         whole = passed_ns // _SECOND_NS
         if whole < 1:
-            return [self._seconds[0]] if 0 in self._seconds else [], max(passed_ns, 1) / _SECOND_NS
+            first_second = [self._seconds[0]] if 0 in self._seconds else []
+            return first_second, max(passed_ns, 1) / _SECOND_NS, self.upto_ns
         first = max(0, whole - WINDOW_SECONDS)
-        return [second for number, second in sorted(self._seconds.items()) if first <= number < whole], float(
-            whole - first
-        )
+        seconds = [second for number, second in sorted(self._seconds.items()) if first <= number < whole]
+        return seconds, float(whole - first), self._began_ns + whole * _SECOND_NS
 
 
 class ProcessTally:
@@ -196,7 +196,7 @@ def summary(tally: Tally, rank: int | None = None) -> dict[str, Any]:
         tally: What was counted.
         rank: Whose stages; None for all.
     """
-    seconds, length = tally.window()
+    seconds, length, _ = tally.window()
     steps: Counter[str] = Counter()
     for second in seconds:
         steps += second.engine_steps + second.own_steps

@@ -36,10 +36,12 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_once_as_json_has_the_steps_that_there_were(session: str) -> None:
+    before = time.time()
     done = otel_npu_command("top", "--session", session, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["steps"]["decode"] > 0
+    assert before < found["until"] - found["seconds"] < found["until"] < time.time()
     assert {row["name"] for row in found["stages"]} == {"forward"}
 
 
