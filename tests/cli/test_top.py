@@ -6,7 +6,9 @@ import json
 import os
 import pty
 import select
+import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,11 +16,10 @@ import pytest
 from otel_npu.cli.top import Top
 from otel_npu.looking.session import connect
 from tests.helpers.command_line import COMMAND, otel_npu_command
-from tests.helpers.traced import PATIENCE_SECONDS, Programs
+from tests.helpers.traced import PATIENCE_SECONDS, Programs, relays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 HERE = {"OTEL_NPU_SESSION": "here", "OTEL_TRACES_EXPORTER": "none"}
 FOR_LONG = "[(steps(1), time.sleep(0.01)) for _ in range(100_000)]"
@@ -45,11 +46,12 @@ def test_once_as_json_has_the_steps_that_there_were(session: str) -> None:
     assert {row["name"] for row in found["stages"]} == {"forward"}
 
 
-def test_on_a_terminal_it_goes_on_until_q(session: str) -> None:
+def shown_until(session: str, done: Callable[[int], object]) -> tuple[int, str]:
+    """The exit code of `top` on a terminal, and what it shows; `done` is called once it shows stages."""
     process, terminal = pty.fork()
     if not process:
         os.execve(COMMAND, [COMMAND, "top", "--session", session], {**os.environ, "TERM": "xterm", "COLUMNS": "100"})
-    shown, pressed, deadline = b"", False, time.monotonic() + PATIENCE_SECONDS
+    shown, is_done, deadline = b"", False, time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if not select.select([terminal], [], [], 1.0)[0]:
             continue
@@ -57,12 +59,31 @@ def test_on_a_terminal_it_goes_on_until_q(session: str) -> None:
             shown += os.read(terminal, 1 << 16)
         except OSError:
             break
-        if b"forward" in shown and not pressed:
-            os.write(terminal, b"sfrq")
-            pressed = True
+        if b"forward" in shown and not is_done:
+            done(terminal)
+            is_done = True
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    assert b"steps/s" in shown
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
+
+
+def test_on_a_terminal_it_goes_on_until_q(session: str) -> None:
+    code, shown = shown_until(session, lambda terminal: os.write(terminal, b"sfrq"))
+    assert code == 0
+    assert "steps/s" in shown
+
+
+def test_a_relay_that_is_killed_meanwhile_is_one_line_on_a_terminal_as_it_was(session: str) -> None:
+    def kill(_: int) -> None:
+        (relay,) = relays(Path(os.environ["XDG_RUNTIME_DIR"]))
+        os.kill(relay, signal.SIGKILL)
+
+    code, shown = shown_until(session, kill)
+    assert code == 1
+    left_the_screen = "\x1b[?1049l"
+    after = shown.rpartition(left_the_screen)[2]
+    assert after.count("otel-npu: ") == 1
+    assert "session here has ended, or its relay was killed: nobody is there any more" in after
+    assert "Traceback" not in shown
 
 
 def test_keys_sort_choose_a_rank_and_freeze(session: str) -> None:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.faults.effort import times
 from tests.helpers.capturing import capturing
 from tests.helpers.fleet import LATE_NS, LATE_RANK, STAGES, Fleet, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STEPS = 750
+STEPS = times(750, 15_000)  # in full: five minutes
 
 
 @pytest.fixture(scope="module", params=["one relay", "two relays"])
