@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otel_npu.relay.server import DRAIN_SECONDS
 from tests.helpers import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 PATIENCE_SECONDS = 120.0
+MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
+"""Whether it is found out what of the code the tests reach."""
 
 # A worker does what it is told, one line at a time, and answers each line. At the end of its input it exits orderly.
 WORKER = '''\
@@ -170,10 +173,17 @@ class Programs:
                 program.process.wait()
             if program.process.stdin is not None and not program.process.stdin.closed:
                 program.process.stdin.close()
+        if MEASURED:
+            self._let_relays_end()
         for pid in self.relays():
             for number in (signal.SIGKILL, signal.SIGCONT):
                 _signal(pid, number)
         eventually(lambda: not self.relays(), "the relays are gone")
+
+    def _let_relays_end(self) -> None:
+        """By themselves: what a process that is killed has run is not known to be tested."""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self.relays(), "the relays have ended", DRAIN_SECONDS + 2)
 
     def start(
         self,
