@@ -18,12 +18,17 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # In so many processes the tests run, a file in one; 0 is one after another. They wait for longer than they work, but
 # some of them want a machine that is not busy with the others.
 TEST_PROCESSES ?= 0
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+# Those that show what of the code they reach mind less: the quick ones, those that are slow because they start programs
+# that are small, and those of capture once more in Python alone, for which the extension module stands in else.
+MEASURED_PROCESSES ?= 3
+MEASURED := $(PYTEST) $(MEASURED_PROCESSES) --cov --cov-append --cov-report=
+MEASURED_SLOW := tests/cli tests/devices tests/test_compiled.py
 
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
-.PHONY: help setup demo test test-quick coverage faults soak check bench clean
+.PHONY: help setup demo test test-quick test-slow coverage faults soak check bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,14 +38,20 @@ demo: $(VENV)/.demo ## Run an inference loop on a simulated NPU and show its tra
 
 setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 
-test: $(VENV)/.test ## Run all tests
-	$(PYTEST)
+test: coverage test-slow ## Run all tests
 
 test-quick: $(VENV)/.test ## Run the tests that are quick: under two minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(TEST_PROCESSES) -m "not slow"
 
-coverage: $(VENV)/.test ## Run all tests and show which lines and branches none of them reaches
-	$(PYTEST) --cov --cov-report=term
+test-slow: $(VENV)/.test
+	$(PYTEST) $(TEST_PROCESSES) -m slow $(addprefix --ignore=,$(MEASURED_SLOW))
+
+coverage: $(VENV)/.test ## Run the tests that are quick or of small programs, and show which lines and branches they reach
+	rm -f .coverage .coverage.*
+	$(MEASURED) -m "not slow"
+	$(MEASURED) -m slow $(MEASURED_SLOW)
+	OTEL_NPU_PURE_PYTHON=1 $(MEASURED) -m "not slow" tests/capture
+	$(BIN)/coverage report $(LEAST)
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults tests/capture/test_interrupts.py
@@ -61,7 +72,7 @@ bench: $(VENV)/.test ## Measure what a stage and a step cost, against revision $
 		$(BIN)/python -W ignore -m benchmarks.vllm_step_cost --against $(BEFORE)
 
 clean: ## Remove what the other targets have made
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or newer is needed: set PYTHON=/path/to/python3"; exit 1; }

@@ -185,6 +185,7 @@ class Program:
         recorder._channel.close()
 
 
+@pytest.mark.slow
 @hypothesis.given(
     operations=strategies.lists(OPERATIONS, min_size=25, max_size=80),
     pairs=strategies.sampled_from([2, 5, 1024]),
