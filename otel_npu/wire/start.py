@@ -21,6 +21,8 @@ CPU_MASK: Final = "_OTEL_NPU_CPU_MASK"
 # By these OpenMP pins whichever process it is loaded into, and an engine may preload it into all.
 _PINNING: Final = frozenset({"GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"})
 _INTERPRETER: Final = re.compile(r"(python|pypy)[\d.]*[a-z]*")
+_starters: list[subprocess.Popen[bytes]] = []
+"""Those that had not ended when nobody waited for their relay any more."""
 SERVING: Final = b"serving\n"
 """What a relay says of itself, after the number of its process, once it reads."""
 
@@ -69,7 +71,8 @@ class StartedRelay:
 
     def close(self) -> None:
         """Wait for it no more."""
-        self._starter.poll()
+        if self._starter.poll() is None:  # on a busy machine; whoever starts the next one lets go of it
+            _starters.append(self._starter)
         if self._is_ours():
             os.close(self._life)
 
@@ -99,6 +102,7 @@ def start(listeners: Sequence[socket.socket], path: Path | None, more: Mapping[s
         NoInterpreterError: Nothing here can run it.
         OSError: It can't be started.
     """
+    _starters[:] = [starter for starter in _starters if starter.poll() is None]
     python = interpreter()
     descriptors = [listener.fileno() for listener in listeners]
     life, relays_end = os.pipe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -84,3 +85,23 @@ def test_where_it_is_started_does_not_change_where_the_thread_runs(monkeypatch: 
         with start._where_the_session_began():
             pass
         assert os.sched_getaffinity(0) == before
+
+
+def test_what_started_a_relay_that_nobody_waits_for_is_let_go_of_once_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not while it runs, which Python warns of; nor never, for it would stay a zombie."""
+    monkeypatch.setattr(start, "_starters", [])
+    monkeypatch.setattr(start, "interpreter", lambda: "/bin/true")
+    life, relays_end = os.pipe()
+    starter = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    start.StartedRelay(life, starter).close()
+    assert start._starters == [starter]
+    assert starter.stdin is not None
+    starter.stdin.close()
+    starter.wait()
+    os.close(relays_end)
+    started = start.start([], None, {})
+    assert started.wait(60)
+    started.close()
+    assert starter not in start._starters
