@@ -116,6 +116,10 @@ class Program:
         """Of each stage, whether it was left with an error."""
         self.in_order = True
         """Whether each was left before what is around it."""
+        self.hung_up = False
+        """Whether the connection was lost: two relays have placed its steps, and counts may be in the log alone."""
+        self.counted: dict[str, int] = {}
+        """What it has counted as left out."""
         self._streams = [self.device.default_stream, *(self.device.new_stream() for _ in range(STREAMS - 1))]
         self._open: dict[int, list[tuple[str, Any]]] = defaultdict(list)
         self._threads = [futures.ThreadPoolExecutor(1) for _ in range(THREADS)]
@@ -183,6 +187,7 @@ class Program:
         recorder = switch.current_recorder()
         assert recorder is not None
         recorder._channel.close()
+        self.hung_up = True
 
 
 @pytest.mark.slow
@@ -195,9 +200,9 @@ def test_whole_traces_arrive_and_the_rest_is_counted(
     outcome: Callable[..., tuple[Program, list[Span]]], operations: list[Operation], pairs: int
 ) -> None:
     program, spans = outcome(operations, pairs)
-    dropped = counts(spans)
+    dropped = Counter(program.counted) if program.hung_up else counts(spans)
 
-    assert_whole_traces(spans, in_order=program.in_order)
+    assert_whole_traces(spans, in_order=program.in_order and not program.hung_up)
     stages = {span.name.removesuffix(" (host)"): span for span in spans if span.name != "worker_step"}
     assert len(stages) + sum(dropped[reason] for reason in LEFT_OUT) == len(program.failed)
     assert len(spans) - len(stages) + dropped["step_too_deep"] == program.steps
@@ -227,7 +232,8 @@ def run(operations: list[Operation], pairs: int) -> Program:
             with otel_npu.step("last"):
                 pass
             program.steps += 1
-        assert otel_npu.flush(30)
+        assert otel_npu.flush(300)
+        program.counted = lost()
     finally:
         program.end()
         otel_npu.disable()

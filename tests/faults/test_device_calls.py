@@ -104,7 +104,8 @@ def test_reading_that_fails_costs_times_and_nothing_else(
     steps = 2 + len(faults) * STEPS + 3
     assert (wrong, launched, on) == ([], steps * STAGES, True)
     assert len(receiver.named("worker_step")) == steps
-    stages = [span for span in receiver.spans if span.name != "worker_step"]
+    # A code that means "not yet", and lasts, is a hang, and told as that.
+    stages = [span for span in receiver.spans if span.name not in ("worker_step", "unfinished_stage")]
     assert len(stages) == steps * STAGES
     timings = [span.attributes["npu.timing"] for span in stages]
     assert set(timings) == {"device", "host"}

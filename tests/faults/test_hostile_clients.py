@@ -62,6 +62,7 @@ class Attacker:
         try:
             connection.connect(self._path)
         except OSError:
+            connection.close()
             return None
         return connection
 
@@ -73,6 +74,8 @@ class Attacker:
                 assert connection is not None
                 connection.send(packet)
             except (OSError, AssertionError):
+                if connection is not None:
+                    connection.close()
                 connection = self.connect()
                 if connection is not None:
                     with contextlib.suppress(OSError):
