@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import threading
@@ -80,6 +81,7 @@ def test_in_process_it_is_a_line_and_tried_again_and_what_was_sent_meanwhile_is_
     fails: Any,
     why: str,
 ) -> None:
+    gc.collect()  # what tests before this one have left
     before = descriptors()
     with monkeypatch.context() as limit:
         limit.setattr(what, name, fails)
@@ -89,7 +91,7 @@ def test_in_process_it_is_a_line_and_tried_again_and_what_was_sent_meanwhile_is_
             here.link.keep()
         assert here.link.failing
         assert not here.channel.connected
-    assert descriptors() == before
+    assert descriptors() <= before
     here.channel.send(frames.encode(frames.Ping(0, 1, 2, 3)))
     assert not here.channel.empty
     here.link._retry_at = 0.0
