@@ -55,7 +55,8 @@ def switch(session: str | None, pid: int | None, *, on: bool) -> int:
                 return fail(f"capture is not {word} everywhere: no answer within {_OBEY_SECONDS:.0f} s from {which}")
             time.sleep(_LOOK_SECONDS)
         count = len(state.processes)
-        sys.stdout.write(f"capture is {word} in session {connection.session}, in all its {count} processes\n")
+        processes = "its only process" if count == 1 else f"all its {count} processes"
+        sys.stdout.write(f"capture is {word} in session {connection.session}, in {processes}\n")
         return 0
 
     return look(work, session, pid)
