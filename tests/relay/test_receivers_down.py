@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from otel_npu.looking.session import connect
 from otel_npu.wire.channel import MAX_BACKLOG_BYTES
 from tests.helpers.traced import Program, Programs, eventually
 
@@ -120,7 +121,7 @@ def test_what_a_receiver_refuses_is_counted_and_the_count_arrives_when_it_takes_
 
 
 def test_while_a_receiver_hangs_the_queue_is_bounded_and_all_that_is_lost_is_counted(
-    programs: Programs, receiver: Receiver
+    programs: Programs, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver.delay_seconds = 30
     bounds = {"OTEL_BSP_MAX_QUEUE_SIZE": "1000", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "100"}
@@ -128,6 +129,9 @@ def test_while_a_receiver_hangs_the_queue_is_bounded_and_all_that_is_lost_is_cou
     for _ in range(10):
         worker.ask("steps(500)")
     assert eventually(lambda: worker.ask("all_is_read()") is True, "the relay has read all")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(programs.run_folder))
+    with connect(worker.ask("__import__('os').environ['OTEL_NPU_SESSION']")) as looks:
+        assert eventually(lambda: looks.ask().dropped.get("queue_full"), "spans were made of it, more than fit")
     assert resident_kib(programs.relay()) < 80 * 1024
     receiver.delay_seconds = 0
     receiver._closing.set()  # the one that hangs is answered now
