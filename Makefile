@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 0
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 # Those that show what of the code they reach mind less: the quick ones, those that are slow because they start programs
 # that are small, and those of capture once more in Python alone, for which the extension module stands in else.
-MEASURED_PROCESSES ?= 3
+MEASURED_PROCESSES ?= 2
 MEASURED := $(PYTEST) $(MEASURED_PROCESSES) --cov --cov-append --cov-report=
 MEASURED_SLOW := tests/cli tests/devices tests/test_compiled.py
 
