@@ -40,7 +40,7 @@ setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 
 test: coverage test-slow ## Run all tests
 
-test-quick: $(VENV)/.test ## Run the tests that are quick: under two minutes
+test-quick: $(VENV)/.test ## Run the tests that are quick: some minutes
 	$(PYTEST) $(TEST_PROCESSES) -m "not slow"
 
 test-slow: $(VENV)/.test
