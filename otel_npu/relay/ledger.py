@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES_PER_CLIENT: Final = 24 * 1024 * 1024
 MAX_BYTES: Final = 32 * 1024 * 1024
+CROWDED_BYTES: Final = MAX_BYTES_PER_CLIENT // 2
+"""Where more is held of one, it is read after the others."""
 
 # What objects take beside the bytes that they have in the packet, as far as anybody can make many of them.
 _PER_FRAME: Final = 600

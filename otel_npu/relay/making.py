@@ -132,13 +132,16 @@ class Making:
         return True
 
     def some(self, seconds: float) -> None:
-        """Make what waits, for so long; something of it in any case."""
+        """Make what waits, for so much processor time; something of it in any case.
+
+        Not for so long on the wall: where others have the processor that is over before anything is made.
+        """
         if self._export is None:
             return
-        until = time.monotonic() + seconds
+        until = time.thread_time() + seconds
         while self._requests or self._traces:
             self._next(self._export)
-            if time.monotonic() >= until:
+            if time.thread_time() >= until:
                 return
 
     def all(self) -> ExportQueue:

@@ -17,7 +17,7 @@ from otel_npu.drops import REPORT_SECONDS, Drops, add_up
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.clients import PACKETS_PER_TURN, Clients, Connected
 from otel_npu.relay.joiner import Joiner
-from otel_npu.relay.ledger import Ledger
+from otel_npu.relay.ledger import CROWDED_BYTES, Ledger
 from otel_npu.relay.making import Making
 from otel_npu.relay.metrics.counted import Metrics
 from otel_npu.relay.pace import Pace
@@ -41,6 +41,9 @@ _log = logging.getLogger("otel_npu.relay")
 
 _TICK_SECONDS: Final = 0.1
 _FIRST_CLIENT_SECONDS: Final = 10.0
+FRAMES_PER_TURN: Final = 1024
+"""So many of one client are read, then it is the others' turn: a packet may have any number. A stock socket holds fewer
+in packets of eight steps, so a flush still reads all that was sent before it."""
 # How long spans are made before the next look: reading comes first.
 _MAKE_SECONDS: Final = 0.02
 _MAKE_SECONDS_BEHIND: Final = 0.005
@@ -245,28 +248,40 @@ class Server:
         return packets
 
     def _read(self, clients: Iterable[Connected]) -> int:
+        """Read each one's share; how many packets the one that had sent most had sent, or as many as there may be.
+
+        Those of whom least is held come first. While they have something, nobody is read of whom much is held: what is
+        held of a worker's steps is waited for from its engine, and what is not read waits in its process.
+        """
         most = 0
-        for client in clients:
-            packets = 0
+        for client in sorted(clients, key=lambda client: client.held_bytes):
+            if most and client.held_bytes > CROWDED_BYTES:
+                return PACKETS_PER_TURN
+            packets = taken = 0
             for packet in self._clients.packets(client):
                 packets += 1
                 if self._viewers.followers and packet is not None:
                     self._viewers.forward(client, packet)
-                self._take_packet(client, packet)
+                taken += self._take_packet(client, packet)
+                if taken >= FRAMES_PER_TURN:
+                    packets = PACKETS_PER_TURN
+                    break
             most = max(most, packets)
         return most
 
-    def _take_packet(self, client: Connected, packet: memoryview | None) -> None:
+    def _take_packet(self, client: Connected, packet: memoryview | None) -> int:
+        """Take what is in it: so many frames."""
         if packet is None:
             self._bad_frame(client, "longer than frames may be")
-            return
+            return 1
         try:
             taken = frames.frames_in(packet)
         except msgspec.MsgspecError as error:
             self._bad_frame(client, str(error))
-            return
+            return 1
         for frame in taken:  # one that is bad costs no other
             self._take(client, frame)
+        return len(taken)
 
     def _take(self, client: Connected, encoded: bytes | memoryview | msgspec.Raw) -> None:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,6 +58,17 @@ def test_nothing_is_made_before_there_is_time(made: Made) -> None:
     made.making.some(1.0)
     assert made.export.spans == ["a"]
     assert not made.making.waiting
+
+
+def test_others_that_have_the_processor_take_none_of_the_time_for_making(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", itertools.count(step=10.0).__next__)  # each look at it is late
+    made.making.load()
+    for name in "abc":
+        made.put(name)
+    made.making.some(1.0)
+    assert made.export.spans == ["a", "b", "c"]
 
 
 def test_what_comes_before_the_exporter_is_there_waits_for_it(made: Made) -> None:

@@ -14,6 +14,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from otel_npu import semconv
+from otel_npu.relay import server as server_module
 from otel_npu.relay.server import Server
 from otel_npu.wire import frames
 from tests.helpers.built import hello, request, request_end, scheduled, stage, step, unfinished, updated
@@ -256,6 +257,34 @@ def test_what_is_in_the_socket_of_a_client_that_has_gone_is_exported(relay: Rela
     relay.run()
     relay.end()
     assert relay.exporter.steps() == list(range(500))
+
+
+def test_what_is_held_of_a_worker_is_waited_for_from_its_engine(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packet of many steps is many; and who is ahead by much is read after the others."""
+    monkeypatch.setattr(server_module, "FRAMES_PER_TURN", 8)
+    monkeypatch.setattr(server_module, "CROWDED_BYTES", 20_000)
+    engine, worker = relay.client().greet(), relay.client().greet()
+    numbers = range(1, 65)
+    for first in numbers[::8]:
+        several = [
+            step(number, rank=0, parent_span_id=number.to_bytes(8, "big")) for number in numbers[first - 1 : first + 7]
+        ]
+        worker.send(frames.Several([msgspec.Raw(frames.encode(each)) for each in several]))
+    for number in numbers:
+        engine.send(scheduled(number))
+        engine.send(updated(number))
+    held = []
+    forward = relay.server._ledger.hold
+
+    def hold(client: Any, frame: Any, packet_bytes: int) -> None:
+        forward(client, frame, packet_bytes)
+        held.append(client.held_bytes if isinstance(frame, frames.Step) else 0)
+
+    monkeypatch.setattr(relay.server._ledger, "hold", hold)
+    relay.run()
+    assert engine.flush()
+    assert len(relay.exporter.steps()) == len(numbers)
+    assert max(held) < 2 * 20_000
 
 
 def test_stopping_reads_what_is_there_and_takes_no_more(relay: Relay) -> None:
