@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu.relay")
 
-MAX_TRACE_SPANS: Final = 16_384
-"""So many spans of steps wait at most to be made."""
+MAX_TRACE_SPANS: Final = 65_536
+"""So many spans of steps wait at most to be made. What their frames may take bounds them too, mostly before that."""
 MAX_REQUESTS: Final = 16_384
 """And so many requests, which go first."""
 _LOAD_SECONDS: Final = 60.0

@@ -44,9 +44,10 @@ _FIRST_CLIENT_SECONDS: Final = 10.0
 FRAMES_PER_TURN: Final = 1024
 """So many of one client are read, then it is the others' turn: a packet may have any number. A stock socket holds fewer
 in packets of eight steps, so a flush still reads all that was sent before it."""
-# How long spans are made before the next look: reading comes first.
+# How much processor time goes into spans before the next look. Reading comes first, but what was read has to be made.
 _MAKE_SECONDS: Final = 0.02
 _MAKE_SECONDS_BEHIND: Final = 0.005
+_MAKE_SHARE_BEHIND: Final = 0.5
 DRAIN_SECONDS: Final = 5.0
 METRICS_SECONDS: Final = 2.0
 _DRAIN_LOOK_SECONDS: Final = 0.05
@@ -231,7 +232,9 @@ class Server:
 
     def _turn(self, wait_seconds: float) -> int:
         """Handle what is there; how many packets the one that had sent most had sent."""
-        packets = self._read(self._clients.wait(wait_seconds))
+        clients, began = self._clients.wait(wait_seconds), time.thread_time()
+        packets = self._read(clients)
+        took = time.thread_time() - began
         self._patience.turn()
         if self._asked or self._flushes:
             self._answer_flushes()
@@ -240,7 +243,8 @@ class Server:
             self._next_tick = now + _TICK_SECONDS / 2
             self._guarded(self._joiner.tick)
             self._guarded(self._switching.tick)
-        self._making.some(_MAKE_SECONDS_BEHIND if packets >= PACKETS_PER_TURN else _MAKE_SECONDS)
+        behind = packets >= PACKETS_PER_TURN
+        self._making.some(max(_MAKE_SECONDS_BEHIND, took * _MAKE_SHARE_BEHIND) if behind else _MAKE_SECONDS)
         if now >= self._next_drop_line:
             self._next_drop_line = now + REPORT_SECONDS
             self._complaints = 0
