@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
     from otel_npu.capture.shared import Capture
     from otel_npu.devices.device import Pair, Stream
-
-_log = logging.getLogger("otel_npu")
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -212,6 +209,4 @@ def _made(pair: Pair, event: Any) -> bool:
 def _refused(capture: Capture, pair: Pair) -> None:
     """The device makes no more events: that is ours alone, and what there are have to do."""
     capture.drops.add(semconv.POOL_EXHAUSTED)
-    if not pair.pool.closed:
-        pair.pool.closed = True
-        _log.warning("the device makes no more events; stages without a free one are timed by the host")
+    pair.pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from otel_npu.devices.ping import Ping
+
+
+_log = logging.getLogger("otel_npu")
 
 
 class Device(Protocol):
@@ -39,7 +43,7 @@ class Device(Protocol):
         """Whether the current stream is being captured into a graph. Asked on side streams only."""
 
     def new_event(self, device_index: int, /) -> Any:
-        """An event with timing, with `record(stream)`, `query()` and `synchronize()`."""
+        """An event with timing, with `record(stream)`, `query()` and `synchronize()`; None if the device makes none."""
 
     def read(self, device_index: int, pairs: Sequence[Pair], /) -> list[tuple[int, int]]:
         """Start and duration of each pair, all of this device and done, in nanoseconds of the device's own clock.
@@ -107,12 +111,22 @@ class Pool:
         """All that were made."""
 
     def grow(self) -> Pair | None:
-        """One more pair, or None when the bound is reached."""
+        """One more pair, or None when the bound is reached or the device makes none."""
         if self.closed or len(self.pairs) >= self.device.pool_pairs:
             return None
-        pair = Pair(self, self.device.new_event(self.device_index), self.device.new_event(self.device_index))
+        start, end = self.device.new_event(self.device_index), self.device.new_event(self.device_index)
+        if start is None or end is None:
+            self.close()
+            return None
+        pair = Pair(self, start, end)
         self.pairs.append(pair)
         return pair
+
+    def close(self) -> None:
+        """The device makes no more events: those that there are have to do."""
+        if not self.closed:
+            self.closed = True
+            _log.warning("the device makes no more events; stages without a free one are timed by the host")
 
     def reclaim(self) -> None:
         """Take back what nobody holds: a signal handler raised while a stage took it, or gave it back."""

@@ -25,6 +25,7 @@ _POOL_PAIRS_310: Final = 64
 
 _EVENT_WITH_TIME: Final = 0x08  # ACL_EVENT_TIME_LINE
 _EVENT_COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
+_NOT_SUPPORTED: Final = 207000  # ACL_ERROR_RT_FEATURE_NOT_SUPPORT
 _CAPTURE_ACTIVE: Final = 1  # ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE
 
 
@@ -40,16 +41,17 @@ class Npu:
         self._torch = torch
         self.pools: dict[int, Pool] = {}
         self._acl = acl
-        self.new_event: Callable[[int], Any]
+        self._new_event: Callable[[int], Any]
+        self._asked: dict[int, bool] = {}
         self.current_stream: Callable[[], Any]
         if hasattr(torch, "accelerator"):
-            self.new_event = self._new_generic_event
+            self._new_event = self._new_generic_event
             self.current_stream = functools.partial(torch._C._accelerator_getStream, -1)  # -1 is the current device
             self._handle = operator.attrgetter("event_id")
         else:
             # Before torch_npu 2.6, which goes with torch 2.6, generic events carry no timing. torch_npu's own want
             # a stream of its own: they take anything for one, and without one look it up in 11 us and more.
-            self.new_event = self._new_npu_event
+            self._new_event = self._new_npu_event
             self.current_stream = torch.npu.current_stream
             self._handle = operator.attrgetter("npu_event")
         # The raw stream takes 0.08 us, without a stream object being made; the "no wait" is not to drain the task
@@ -81,6 +83,28 @@ class Npu:
         except (OSError, AttributeError):
             acl = None
         return cls(torch, torch_npu, acl)
+
+    def new_event(self, device_index: int) -> Any:
+        """An event, or None where the device makes none that carry the time."""
+        return self._new_event(device_index) if self._makes_events(device_index) else None
+
+    def _makes_events(self, device_index: int) -> bool:
+        """Whether it does: ACL is asked once, the calling thread's device being the one.
+
+        If it doesn't, torch_npu only warns, and with the task queue on it enqueues the event that isn't there: that
+        record fails behind the model's back, and nothing of the model's runs any more. All other errors it raises.
+        """
+        acl, makes = self._acl, self._asked.get(device_index)
+        create = getattr(acl, "aclrtCreateEventExWithFlag", None)
+        if makes is not None or acl is None or create is None:
+            return makes is not False
+        event = ctypes.c_void_p()
+        error = create(ctypes.byref(event), ctypes.c_uint32(_EVENT_WITH_TIME))
+        if not error:
+            acl.aclrtDestroyEvent(event)
+        if error in (0, _NOT_SUPPORTED):
+            self._asked[device_index] = not error
+        return bool(error != _NOT_SUPPORTED)
 
     def _new_generic_event(self, device_index: int) -> Any:
         """The ACL event behind it is made at its first record.
