@@ -84,7 +84,10 @@ def vllm_environment(folder: Path, plugins: Mapping[str, str] | None = None, *, 
         "HF_HUB_OFFLINE": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
-        "OTEL_BSP_MAX_QUEUE_SIZE": "65536",  # the receiver shares its process with the clients
+        # The receiver shares its process with the clients: a batch that it answers too late comes twice.
+        "OTEL_BSP_MAX_QUEUE_SIZE": "65536",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "120",
+        "OTEL_BSP_EXPORT_TIMEOUT": "120000",
         "OTEL_NPU_ENABLED": "1",
         "OTEL_NPU_DEVICE": "cpu",
         **(V2 if v2 else {}),

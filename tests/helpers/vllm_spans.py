@@ -84,7 +84,7 @@ def requests_of(receiver: Receiver, wanted: Callable[[Span], bool], count: int =
         return len(found) >= count and all(_whole(spans, span) for span in found)
 
     try:
-        eventually(arrived, f"{count} requests", ARRIVAL_SECONDS, every_seconds=_pause(spans))
+        eventually(arrived, f"{count} requests", ARRIVAL_SECONDS)
     except AssertionError as error:
         found = [span for span in spans.named(LLM_REQUEST) if wanted(span)]
         lacking = [(spans.children(span), span) for span in found if not _whole(spans, span)]
@@ -94,11 +94,6 @@ def requests_of(receiver: Receiver, wanted: Callable[[Span], bool], count: int =
     found = [span for span in spans.named(LLM_REQUEST) if wanted(span)]
     assert len(found) == count
     return spans, found
-
-
-def _pause(spans: Spans) -> float:
-    """Between looks at the spans: longer the more there are, because who looks keeps the receiver from its work."""
-    return 0.01 + len(spans.all) * 5e-5
 
 
 def _whole(spans: Spans, request: Span) -> bool:
@@ -173,8 +168,7 @@ def steps_of(receiver: Receiver, ranks: int = 1) -> Spans:
         placed = all(spans.parent(step) is not None for step in spans.worker_steps)
         return spans if whole and placed else None
 
-    pause = _pause(Spans(receiver.spans))
-    found: Spans = eventually(arrived, "all steps have arrived", ARRIVAL_SECONDS, every_seconds=pause)
+    found: Spans = eventually(arrived, "all steps have arrived", ARRIVAL_SECONDS)
     return found
 
 
