@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu import announce, semconv
 from otel_npu.capture import hang
-from otel_npu.capture.records import BATCH_NS
 from otel_npu.capture.resolver import give_up
 from otel_npu.drops import REPORT_SECONDS
 from otel_npu.wire import frames
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("otel_npu")
 
-IDLE_SECONDS: Final = 0.02
-"""Between two looks."""
+IDLE_SECONDS: Final = 0.05
+"""Between two looks. Seldom: where the model's thread runs Python just then, a look takes the GIL from it, and it waits
+for two switches of threads beside the look itself. What is resolved together is cheaper, too: all but the first is
+warm. Not more seldom: what is closed and not yet sent is lost where a process is killed, as vLLM's workers are."""
 OFF_SECONDS: Final = 0.2
 """The same while capture is switched off: it costs what there is to do."""
 WATCH_SECONDS: Final = 1.0
 _STEPS_PER_TICK: Final = 96
-_BEFORE_NS: Final = round(IDLE_SECONDS * 1e9)
-"""So much before the thread that closes steps would do it."""
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
 _PING_BUDGET_NS: Final = 100_000
 
@@ -52,8 +51,6 @@ class IdleThread:
         self._link = link
         self.flushing = False
         """Whether somebody waits for all that is closed to be resolved."""
-        self._waiting: dict[Thread, int] = {}
-        """What was waiting at the last look."""
         self._pinged = 0
         """How many devices have been pinged."""
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
@@ -114,16 +111,10 @@ class IdleThread:
         return capture.on or self.flushing or any(thread.pending or thread.open for thread in list(capture.threads))
 
     def resolve(self) -> None:
-        """Resolve for threads that close no more steps, or whose oldest has waited for long enough; to flush, for all.
-
-        Soon where steps are slow: when a step was seen done is a bound for the device's clock.
-        """
-        overdue_ns = perf_counter_ns() - BATCH_NS + _BEFORE_NS
+        """Resolve what the devices have finished."""
         for thread in list(self._capture.threads):
-            still = self._waiting.get(thread) == thread.waiting
-            if thread.pending and (still or self.flushing or thread.waiting_since_ns <= overdue_ns):
+            if thread.pending:
                 self.resolve_for(thread)
-            self._waiting[thread] = thread.waiting
 
     def resolve_for(self, thread: Thread) -> None:
         """Resolve for this thread, unless it is being resolved."""
@@ -151,7 +142,6 @@ class IdleThread:
             self._look_after(thread)
             if not thread.alive and not thread.open and not thread.pending:
                 threads.remove(thread)
-                self._waiting.pop(thread, None)
         for pool in list(self._capture.device.pools.values()):
             pool.reclaim()
         if self._device_since is not None and self._capture.on and self._announce(self._device_since):

@@ -29,10 +29,9 @@ NOT_OPENED: Final = -1
 BATCH: Final = 96
 """So many steps and stages at most wait for each other, to be resolved and sent at once. See `benchmarks/step_cost.py`:
 what is run once between two steps is cold, and costs several times as much."""
-BATCH_NS: Final = 50_000_000
-"""When the oldest has waited for so long, the thread that closes the next does it. It is there where steps are slow, or
-their device is behind: elsewhere the idle thread has done it before. When a step was seen done is a bound for the
-device's clock, so it has to be seen soon."""
+BATCH_NS: Final = 250_000_000
+"""When the oldest has waited for so long, the thread that closes the next does it: the idle thread, which mostly has
+done it before, gets no turn."""
 MAX_PENDING: Final = 1000
 """Steps of one thread that the device has not finished."""
 

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
-_DEFERRED: Final = 64
-_DEFERRED_NS: Final = 50_000_000
-_SOON_NS: Final = 30_000_000
+_DEFERRED: Final = 128
+_DEFERRED_NS: Final = 250_000_000
 _FRAMES_PER_LOCK: Final = 16
 _MAX_ANSWERS: Final = 64
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
@@ -92,7 +91,7 @@ class Channel:
     def defer(self, dropped: dict[str, int], make: Callable[..., frames.Frame], *args: Any) -> None:
         """Make a frame and send it with those to come: by whoever drains, before another frame is sent, or here.
 
-        Here with the 64th, or when the first has waited for 50 ms: nobody has drained then. What is done once between
+        Here with the 128th, or when the first has waited for 250 ms: nobody has drained then. What is done once between
         two steps is dear: see `benchmarks/vllm_step_cost.py`. Never two are made at once, and they are made in the
         order in which they were deferred.
 
@@ -174,8 +173,8 @@ class Channel:
             self._drop(semconv.BACKLOG_FULL, counts, len(frames.frames_in(oldest)))
 
     def drain(self) -> None:
-        """Send what waits, as far as the socket takes it, and what was deferred for long enough."""
-        if self._deferred and perf_counter_ns() - self._deferred_since_ns > _SOON_NS:
+        """Send what was deferred, and what waits, as far as the socket takes it."""
+        if self._deferred:
             self.send_deferred()
         while self._drain_some():
             pass

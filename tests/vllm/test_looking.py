@@ -188,5 +188,6 @@ def open_requests() -> list[frames.Request]:
     """The requests that the relay holds as under way: whoever begins to follow is told of them."""
     with connect(SESSION) as looks:
         looks.ask(follow=True)
-        told = [frames.decode_frame(bytes(view.packet)) for view in looks.views(0.0) if isinstance(view, Seen)]
+        packets = [bytes(view.packet) for view in looks.views(0.0) if isinstance(view, Seen)]
+    told = [frames.decode_frame(frame) for packet in packets for frame in frames.frames_in(packet)]
     return [frame for frame in told if isinstance(frame, frames.Request)]
