@@ -31,20 +31,49 @@ _LINK_FLAGS: Final = {remote: b"\x35" + struct.pack("<I", 0x300 if remote else 0
 _RAW_LINK_END: Final = _LINK_FLAGS[True]
 
 
+class SharedAttributes(dict[str, Any]):
+    """Attributes of spans that differ in nothing but their ids and parents: all else of them is encoded once.
+
+    They don't change. Spans in which there is more than that, as links, may have them too.
+    """
+
+    __slots__ = ("_encoded",)
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        super().__init__(attributes)
+        self._encoded: tuple[Any, bytes] = None, b""
+
+    def encode(self, span: ReadableSpan) -> bytes:
+        """All of a span that has these attributes, but for its ids and flags."""
+        if span._events or span._links:
+            return _encode_all_but_ids(span)
+        what = span.name, span.start_time, span.end_time
+        if self._encoded[0] != what:
+            self._encoded = what, _encode_all_but_ids(span)
+        return self._encoded[1]
+
+
 def encode_span(span: ReadableSpan) -> bytes:
     """The span, as a field of `ScopeSpans`.
 
     Raises:
         Exception: Something in it is not what OTLP takes: a time below 0 or above 2^64, say.
     """
-    context, parent = span.context, span.parent
+    context, parent, attributes = span.context, span.parent, span._attributes
     assert context is not None
     parts = [b"\x0a\x10", context.trace_id.to_bytes(16, "big"), b"\x12\x08", context.span_id.to_bytes(8, "big")]
     if context.trace_state:
         parts.append(_text(0x1A, context.trace_state.to_header()))
     if parent is not None:
         parts += (b"\x22\x08", parent.span_id.to_bytes(8, "big"))
-    parts += (_text(0x2A, span.name), _KINDS[span.kind], _TIMES(0x39, span.start_time or 0, 0x41, span.end_time or 0))
+    parts.append(attributes.encode(span) if isinstance(attributes, SharedAttributes) else _encode_all_but_ids(span))
+    parts.append(_PARENT_FLAGS[parent is not None and parent.is_remote])
+    return _field(0x12, b"".join(parts))
+
+
+def _encode_all_but_ids(span: ReadableSpan) -> bytes:
+    times = _TIMES(0x39, span.start_time or 0, 0x41, span.end_time or 0)
+    parts = [_text(0x2A, span.name), _KINDS[span.kind], times]
     # The properties copy: what they copy from has had these names since the first release of the SDK.
     attributes, events, links = span._attributes, span._events, span._links
     if attributes:
@@ -54,8 +83,7 @@ def encode_span(span: ReadableSpan) -> bytes:
     if links:
         parts += _raw_links(links) if isinstance(links, Links) else [_field(0x6A, _link(link)) for link in links]
     parts += (_counts(span, attributes, events, links), _status(span.status))
-    parts.append(_PARENT_FLAGS[parent is not None and parent.is_remote])
-    return _field(0x12, b"".join(parts))
+    return b"".join(parts)
 
 
 class Request:

@@ -35,6 +35,7 @@ class StepTimes:
         "device_ns",
         "end_ns",
         "kind",
+        "known",
         "number",
         "on_device",
         "ran",
@@ -53,6 +54,8 @@ class StepTimes:
         self.end_ns = ran.end_ns
         self.on_device, self.by_stage = _device_times(ran.step.stages)
         self.device_ns = sum(self.by_stage.values())
+        self.known: dict[Any, Any] = {}
+        """What its spans in the traces of requests have in common, by what makes them; made with the first."""
 
     @property
     def attributes(self) -> dict[str, Any]:

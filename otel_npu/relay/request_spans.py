@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from otel_npu.relay.client import Client
     from otel_npu.relay.engine_step import StepTimes
     from otel_npu.relay.requests import Load, OpenRequest, Phase
+    from otel_npu.relay.spans import SpanMaker
     from otel_npu.wire.frames import Request, Stage, Transfers
 
 OMITTED_SHARE: Final = 0.05
@@ -136,7 +137,7 @@ class _RequestSpans:
         """What is in a phase: its only step's stages, or spans of its steps; what the phase has to say of them."""
         shown = phase.shown
         if phase.steps == 1:
-            return self._stages(shown[0].times, context)
+            return self._stages(shown[0].times, context).omitted
         done, device_ns, end_ns = 0, 0, phase.start_ns
         for step in shown:
             times = step.times
@@ -145,16 +146,7 @@ class _RequestSpans:
             )
             done, device_ns, end_ns = step.number, step.device_before_ns + times.device_ns, times.end_ns
             own = self._new_context()
-            attributes = {
-                **times.attributes,
-                semconv.STEP_TOKENS: times.total_tokens,
-                semconv.STEP_REQUESTS: times.total_requests,
-                semconv.REQUEST_STEP_TOKENS: step.tokens,
-                semconv.TIMING: times.timing,
-                **self._stages(times, own),
-            }
-            if times.kind:
-                attributes[semconv.STEP_KIND] = times.kind
+            attributes = self._stages(times, own).of_step(times, step.tokens)
             span_times_ns = self._unix(times.start_ns, times.end_ns)
             self.spans.append(self._maker.span(_STEP_NAMES[name], own, context, attributes, span_times_ns))
         self._others(phase, phase.steps - done, phase.device_ns - device_ns, (end_ns, phase.end_ns), context)
@@ -175,20 +167,13 @@ class _RequestSpans:
         context = self._new_context()
         self.spans.append(self._maker.span(semconv.OTHER_STEPS, context, parent, attributes, self._unix(*times_ns)))
 
-    def _stages(self, times: StepTimes, parent: SpanContext | None) -> dict[str, Any]:
-        """The stages of a step but those that are noise; what the span around says of these."""
-        stages = times.ran.step.stages
-        least_ns = (times.end_ns - times.start_ns) * OMITTED_SHARE
-        kept = _kept(stages, least_ns)
-        self.spans += self._maker.stages(
-            times.ran, self._trace_id, parent, self._unix_ns, more=times.attributes, kept=kept
-        )
-        omitted_ns = sum(
-            stage.duration_ns
-            for stage, keep in zip(stages, kept, strict=True)
-            if not keep and (stage.parent < 0 or kept[stage.parent])
-        )
-        return {semconv.OMITTED_HOST_TIME: semconv.seconds(omitted_ns)} if omitted_ns else {}
+    def _stages(self, times: StepTimes, parent: SpanContext | None) -> _Known:
+        """The stages of a step but those that are noise; what there is to say of it."""
+        known = times.known.get(self._maker)
+        if known is None:
+            known = times.known[self._maker] = _Known(self._maker, times)
+        self.spans += self._maker.stages(times.ran, self._trace_id, parent, self._unix_ns, known.of_stages)
+        return known
 
     def _new_context(self) -> SpanContext | None:
         return span_context(self._trace_id, os.urandom(8))
@@ -223,6 +208,46 @@ class _RequestSpans:
             name = [name for name in names if order.index(name) <= order.index(phase)][-1]
             events[name].append(Event(what, timestamp=at_ns + self._unix_ns))
         return events
+
+
+class _Known:
+    """What the spans of a step say in all requests that show it, which may be hundreds.
+
+    Args:
+        maker: Makes their spans.
+        times: The step.
+    """
+
+    def __init__(self, maker: SpanMaker, times: StepTimes) -> None:
+        stages = times.ran.step.stages
+        kept = _kept(stages, (times.end_ns - times.start_ns) * OMITTED_SHARE)
+        omitted_ns = sum(
+            stage.duration_ns
+            for stage, keep in zip(stages, kept, strict=True)
+            if not keep and (stage.parent < 0 or kept[stage.parent])
+        )
+        self.of_stages = maker.stage_attributes(times.ran, more=times.attributes, kept=kept)
+        self.omitted = {semconv.OMITTED_HOST_TIME: semconv.seconds(omitted_ns)} if omitted_ns else {}
+        self._maker = maker
+        self._of_step: dict[int, Any] = {}
+
+    def of_step(self, times: StepTimes, tokens: int) -> Any:
+        """What the span of the step says to requests that had so many of its tokens."""
+        known = self._of_step.get(tokens)
+        if known is not None:
+            return known
+        attributes = {
+            **times.attributes,
+            semconv.STEP_TOKENS: times.total_tokens,
+            semconv.STEP_REQUESTS: times.total_requests,
+            semconv.REQUEST_STEP_TOKENS: tokens,
+            semconv.TIMING: times.timing,
+            **self.omitted,
+        }
+        if times.kind:
+            attributes[semconv.STEP_KIND] = times.kind
+        known = self._of_step[tokens] = self._maker.shared(attributes)
+        return known
 
 
 def _kept(stages: list[Stage], least_ns: float) -> list[bool]:

@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from otel_npu import semconv
 from otel_npu._version import __version__
+from otel_npu.relay.encoding import SharedAttributes
 from otel_npu.relay.links import Links
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class SpanMaker:
         name: str,
         context: SpanContext | None,
         parent: SpanContext | None,
-        attributes: dict[str, Any],
+        attributes: Any,
         times_ns: tuple[int, int],
         *,
         own_attributes: Attributes | None = None,
@@ -91,7 +92,7 @@ class SpanMaker:
             name: What it is called.
             context: Its own ids.
             parent: Its parent's; None for a root.
-            attributes: What was measured.
+            attributes: What was measured, or what `shared` has made of it.
             times_ns: Start and end.
             own_attributes: What the program says of it; it never hides what was measured.
             error: The type of what went wrong.
@@ -99,16 +100,13 @@ class SpanMaker:
             links: As `links` makes them.
             events: What happened at an instant in it.
         """
-        if error is not None:
-            attributes[semconv.ERROR_TYPE] = error
-        if own_attributes:
-            attributes = {**own_attributes, **attributes}
+        bounded = self._bounded(attributes, own_attributes, error)
         return ReadableSpan(
             name,
             context,
             parent,
             self._resource,
-            self._bounded(attributes, checked=not own_attributes),
+            bounded,
             BoundedList.from_seq(self._limits.max_events, events) if events else (),
             links,
             SpanKind.INTERNAL,
@@ -119,12 +117,54 @@ class SpanMaker:
             SCOPE,
         )
 
-    def _bounded(self, attributes: dict[str, Any], *, checked: bool) -> Any:
+    def shared(
+        self, attributes: dict[str, Any], own_attributes: Attributes | None = None, error: str | None = None
+    ) -> Any:
+        """The attributes of spans that differ in nothing but their places: made, and encoded, once for all of them."""
+        bounded = self._bounded(attributes, own_attributes, error)
+        return bounded if getattr(bounded, "dropped", 0) else SharedAttributes(bounded)
+
+    def _bounded(self, attributes: Any, own_attributes: Attributes | None, error: str | None) -> Any:
         """The attributes, within the limits. What is our own and within them needs no more than its dict."""
+        if isinstance(attributes, (SharedAttributes, BoundedAttributes)):
+            return attributes
+        if error is not None:
+            attributes[semconv.ERROR_TYPE] = error
+        if own_attributes:
+            attributes = {**own_attributes, **attributes}
         most, longest = self._limits.max_span_attributes, self._limits.max_span_attribute_length
-        if checked and longest is None and (most is None or len(attributes) <= most):
+        if not own_attributes and longest is None and (most is None or len(attributes) <= most):
             return attributes
         return BoundedAttributes(most, attributes, immutable=False, max_value_len=longest)
+
+    def stage_attributes(
+        self,
+        ran: Ran,
+        *,
+        more: dict[str, Any] | None = None,
+        kept: Sequence[bool] | None = None,
+        outer: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """What the span of each stage says, to give to `stages`; None for those that have no span.
+
+        Args:
+            ran: The step, and where its stages lie.
+            more: What the span of each stage says beside what was measured.
+            kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
+            outer: What those of the outermost say beside that.
+        """
+        attributes: list[Any] = []
+        for index, (stage, place) in enumerate(zip(ran.step.stages, ran.placed, strict=True)):
+            if kept is not None and not kept[index]:
+                attributes.append(None)
+                continue
+            measured = _stage_attributes(stage, place)
+            if more:
+                measured.update(more)
+            if outer and stage.parent < 0:
+                measured.update(outer)
+            attributes.append(self.shared(measured, stage.attributes, stage.error))
+        return attributes
 
     def stages(
         self,
@@ -132,12 +172,10 @@ class SpanMaker:
         trace_id: int,
         parent: SpanContext | None,
         unix_ns: int,
+        attributes: Sequence[Any],
         *,
         first: SpanContext | None = None,
         links: Any = (),
-        more: dict[str, Any] | None = None,
-        kept: Sequence[bool] | None = None,
-        outer: dict[str, Any] | None = None,
     ) -> list[ReadableSpan]:
         """A span for each stage of a step, nested as the stages were.
 
@@ -146,12 +184,10 @@ class SpanMaker:
             trace_id: The trace of the spans.
             parent: The span around the outermost, if there is one.
             unix_ns: Unix time minus the host's monotonic time.
+            attributes: Of each stage, as `stage_attributes` makes them.
             first: The ids of the first stage's span, if they are given. Without a parent it is the root of the trace,
                 and stages that merely overlap with it are its children all the same.
             links: Links of the outermost.
-            more: What the span of each stage says beside what was measured.
-            kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
-            outer: What those of the outermost say beside that.
         """
         stages, on_host = ran.step.stages, semconv.HOST_TIMED if ran.has_device else ""
         random = os.urandom(8 * len(stages))
@@ -160,21 +196,15 @@ class SpanMaker:
             contexts[0] = first
         spans = []
         for index, (stage, place) in enumerate(zip(stages, ran.placed, strict=True)):
-            if kept is not None and not kept[index]:
+            if attributes[index] is None:
                 continue
-            attributes = _stage_attributes(stage, place)
-            if more:
-                attributes.update(more)
-            if outer and stage.parent < 0:
-                attributes.update(outer)
             spans.append(
                 self.span(
                     stage.name if stage.device_ns is not None else stage.name + on_host,
                     contexts[index],
                     contexts[stage.parent] if stage.parent >= 0 else parent or (first if index else None),
-                    attributes,
+                    attributes[index],
                     (place.start_ns + unix_ns, place.end_ns + unix_ns),
-                    own_attributes=stage.attributes,
                     error=stage.error,
                     links=links if stage.parent < 0 else (),
                 )

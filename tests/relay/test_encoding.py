@@ -16,7 +16,7 @@ from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from otel_npu.relay.encoding import encode_request, encode_span
+from otel_npu.relay.encoding import SharedAttributes, encode_request, encode_span
 from otel_npu.relay.links import Links
 
 SCOPE = InstrumentationScope("otel_npu", "1.2.3", "https://example.org/schema", {"built": True})
@@ -88,6 +88,28 @@ def pairs(**changes: Any) -> Any:
 @settings(max_examples=60)
 @given(st.lists(SPANS, min_size=1, max_size=3))
 def test_any_spans_are_what_the_sdk_makes_of_them(spans: list[ReadableSpan]) -> None:
+    assert encoded(*spans) == by_the_sdk(*spans)
+
+
+SHARED = SharedAttributes({"npu.rank": 1, "npu.host.duration": 0.25})
+ALIKE = st.builds(
+    ReadableSpan,
+    st.sampled_from(("forward", "sample")),
+    CONTEXTS,
+    st.none() | CONTEXTS,
+    st.just(RESOURCE),
+    st.just(SHARED),
+    st.lists(st.builds(Event, TEXTS, ATTRIBUTES, TIMES), max_size=1),
+    st.lists(st.builds(Link, CONTEXTS, ATTRIBUTES), max_size=1),
+    start_time=st.integers(0, 2),
+    end_time=st.just(3),
+    instrumentation_scope=st.just(SCOPE),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(ALIKE, min_size=1, max_size=8))
+def test_spans_that_share_their_attributes_share_no_more_than_they_have_in_common(spans: list[ReadableSpan]) -> None:
     assert encoded(*spans) == by_the_sdk(*spans)
 
 
