@@ -10,13 +10,15 @@ from otel_npu.wire import frames
 if TYPE_CHECKING:
     from otel_npu.relay.client import Client
 
-MAX_BYTES_PER_CLIENT: Final = 24 * 1024 * 1024
-MAX_BYTES: Final = 32 * 1024 * 1024
+MAX_BYTES_PER_CLIENT: Final = 48 * 1024 * 1024
+MAX_BYTES: Final = 64 * 1024 * 1024
 CROWDED_BYTES: Final = MAX_BYTES_PER_CLIENT // 2
 """Where more is held of one, it is read after the others."""
 
 # What objects take beside the bytes that they have in the packet, as far as anybody can make many of them.
-_PER_FRAME: Final = 600
+_PER_FRAME: Final = 1000
+_PER_OPEN_REQUEST: Final = 1200
+_PER_ENGINE_STEP: Final = 400
 _PER_STAGE: Final = 500
 _PER_REQUEST: Final = 200
 _PER_ATTRIBUTE: Final = 200
@@ -35,7 +37,10 @@ def weight(frame: frames.Frame, packet_bytes: int) -> int:
             parts += _of_attributes(frame.attributes)
             parts += sum(_of_attributes(stage.attributes) for stage in frame.stages)
     elif isinstance(frame, frames.Scheduled):
-        parts = _PER_REQUEST * len(frame.requests) + _PER_ITEM * (len(frame.preempted) + len(frame.ended))
+        parts = _PER_ENGINE_STEP + _PER_REQUEST * len(frame.requests)
+        parts += _PER_ITEM * (len(frame.preempted) + len(frame.ended))
+    elif isinstance(frame, frames.Request):
+        parts = _PER_OPEN_REQUEST
     return _PER_FRAME + packet_bytes + parts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_npu import semconv
@@ -201,7 +200,7 @@ class OpenRequest:
         self.surplus = Phase()
         self.untimed = 0
         self.forgotten = False
-        self._parts: deque[Part] = deque()
+        self._parts: list[Part] = []
         """Its latest steps; those before them are in the phases already."""
         self._unsettled = 0
         self._outputs = 0
@@ -248,7 +247,7 @@ class OpenRequest:
         """The times of one more of its steps are known."""
         self._unsettled -= 1
         while len(self._parts) > RECENT_STEPS and self._parts[0].step.settled and not self.ending:
-            part = self._parts.popleft()
+            part = self._parts.pop(0)
             self._folded_outputs = max(self._folded_outputs, part.outputs)
             self._add(part)
 
