@@ -56,7 +56,7 @@ class Serving:
         assert relay is not None
         self.relay = relay
         self.engine = first
-        self.front_end, *self.workers = (_connected(path) for _ in range(1 + ranks))
+        self.front_end, *self.workers = (connected(path) for _ in range(1 + ranks))
         for number, connection in enumerate((self.engine, self.front_end, *self.workers)):
             _send(connection, hello(pid=1000 + number, device_kind="npu"))
         self.pid: int = eventually(lambda: relay.pid, "the relay says which process it is")
@@ -104,7 +104,7 @@ class Serving:
             ),
         )
         for rank, (worker, waiting) in enumerate(zip(self.workers, self._waiting, strict=True)):
-            waiting.append(_ran(number, rank, now, kept=kept))
+            waiting.append(ran(number, rank, now, kept=kept))
             if len(waiting) == PACKET_STEPS:
                 _send(worker, frames.Several([msgspec.Raw(frames.encode(each)) for each in waiting]))
                 waiting.clear()
@@ -122,7 +122,8 @@ class Serving:
             _send(self.front_end, request_end(each, ended_unix_ns=time.time_ns(), output_tokens=REQUEST_STEPS))
 
 
-def _connected(path: Path) -> socket.socket:
+def connected(path: Path) -> socket.socket:
+    """A connection to the relay there."""
     connection = rendezvous.connect(path)
     assert connection is not None
     return connection
@@ -133,7 +134,8 @@ def _send(connection: socket.socket, frame: Any) -> None:
     connection.send(frames.encode(frame))
 
 
-def _ran(number: int, rank: int, now: int, *, kept: bool) -> frames.Step:
+def ran(number: int, rank: int, now: int, *, kept: bool) -> frames.Step:
+    """A rank's step that ended just now."""
     at = now - 8 * _MS
     # Bounds of the device's clock are as good as a stage is launched on time and seen in time.
     delays = [20_000 + int(random.expovariate(1 / 200_000)) for _ in STAGES]

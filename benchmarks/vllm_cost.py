@@ -2,12 +2,13 @@
 
 Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the repository, on an idle machine:
 
-    python -m benchmarks.vllm_cost [--pairs 200] [--off]
+    python -m benchmarks.vllm_cost [--pairs 200] [--starts 4] [--off]
 
 Three servers with a tiny model run side by side: one with otel-npu on and two without it, all with vLLM's own tracing.
 They take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
 slows all of them; while one has its turn the others are stopped, with their relay. The ratio of the two without it
-(A/A) says how much of a difference is the method's own.
+(A/A) says how much of a difference is the method's own. Two starts of the same server may differ by 2 %, by where its
+memory happens to lie: so all are started several times, each time in another order.
 
 A tiny model on a CPU makes steps of about a millisecond, all of it on the host. On a device a step takes longer, and
 meanwhile the host waits: `--device-ms` says how long. With 0 everything that any process does is in the others' way on
@@ -45,7 +46,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CONCURRENCY = 8
+NAMES = ("on", "off", "off-again")
 WARM_UP_ROUNDS = 10
+
+
+@dataclass
+class Figures:
+    """What rounds took."""
+
+    tokens_per_second: list[float] = field(default_factory=list)
+    worker_us: list[float] = field(default_factory=list)
+    engine_us: list[float] = field(default_factory=list)
+
+    def add(self, more: Figures) -> None:
+        """Those of other rounds, too."""
+        self.tokens_per_second += more.tokens_per_second
+        self.worker_us += more.worker_us
+        self.engine_us += more.engine_us
 
 
 @dataclass
@@ -53,9 +70,7 @@ class Measured:
     """A server, and what its rounds took."""
 
     server: Server
-    tokens_per_second: list[float] = field(default_factory=list)
-    worker_us: list[float] = field(default_factory=list)
-    engine_us: list[float] = field(default_factory=list)
+    figures: Figures = field(default_factory=Figures)
 
     def __post_init__(self) -> None:
         self._pids = [*self.server.processes(), *self.server.relays()]
@@ -68,17 +83,16 @@ class Measured:
         before = self._totals()
         began = time.perf_counter()
         self._ask_all(pool, requests // CONCURRENCY, tokens)
-        self.tokens_per_second.append(requests * tokens / (time.perf_counter() - began))
+        self.figures.tokens_per_second.append(requests * tokens / (time.perf_counter() - began))
         for costs, (ns, steps), (ns_before, steps_before) in zip(
-            (self.worker_us, self.engine_us), self._totals(), before, strict=True
+            (self.figures.worker_us, self.figures.engine_us), self._totals(), before, strict=True
         ):
             costs.append((ns - ns_before) / (steps - steps_before) / 1000)
         self._signal(signal.SIGSTOP)
 
     def forget(self) -> None:
         """Leave out what was measured so far."""
-        for measured in (self.tokens_per_second, self.worker_us, self.engine_us):
-            measured.clear()
+        self.figures = Figures()
 
     def go_on(self) -> None:
         """It can be ended again."""
@@ -128,11 +142,14 @@ def sink() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def servers(endpoint: str, folder: Path, device_ms: float, *, off: bool = False) -> Iterator[list[Measured]]:
-    """One with otel-npu, maybe switched off again, then two without."""
+def servers(
+    endpoint: str, folder: Path, device_ms: float, *, off: bool = False, start: int = 0
+) -> Iterator[list[Measured]]:
+    """One with otel-npu, maybe switched off again, then two without. The one with it is not always started first."""
     with contextlib.ExitStack() as running:
-        measured = []
-        for name, enabled in (("on", "1"), ("off", "0"), ("off-again", "0")):
+        measured: dict[str, Measured] = {}
+        for name in NAMES[-start % len(NAMES) :] + NAMES[: -start % len(NAMES)]:
+            enabled = "1" if name == "on" else "0"
             own = folder / name
             own.mkdir()
             server = Server(
@@ -151,9 +168,9 @@ def servers(endpoint: str, folder: Path, device_ms: float, *, off: bool = False)
             running.enter_context(server)
             if off and name == "on":
                 _switch_off(server)
-            measured.append(Measured(server))
-            running.callback(measured[-1].go_on)
-        yield measured
+            measured[name] = Measured(server)
+            running.callback(measured[name].go_on)
+        yield [measured[name] for name in NAMES]
 
 
 def _switch_off(server: Server) -> None:
@@ -203,24 +220,30 @@ def measure(measured: list[Measured], pairs: int, requests: int, tokens: int, sh
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--starts", type=int, default=4, help="how often the servers are started anew meanwhile")
     parser.add_argument("--requests", type=int, default=16, help="requests a round")
     parser.add_argument("--tokens", type=int, default=16, help="output tokens a request")
     parser.add_argument("--device-ms", type=float, default=10.0, help="how long the device works on a step")
     parser.add_argument("--off", action="store_true", help="the server with otel-npu has been told `otel-npu off`")
     chosen = parser.parse_args()
     show: Callable[[str], None] = lambda text: print(text, end="", flush=True)  # noqa: E731
-    show("starting three servers: one to two minutes ...")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        sink() as endpoint,
-        servers(endpoint, Path(folder), chosen.device_ms, off=chosen.off) as measured,
-    ):
-        measure(measured, chosen.pairs, chosen.requests, chosen.tokens, show)
-    on, off, again = measured
+    on, off, again = totals = Figures(), Figures(), Figures()
+    for start in range(chosen.starts):
+        show(f"starting three servers, {start + 1} of {chosen.starts} times: half a minute ...")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            sink() as endpoint,
+            servers(endpoint, Path(folder), chosen.device_ms, off=chosen.off, start=start) as measured,
+        ):
+            pairs = (chosen.pairs * (start + 1)) // chosen.starts - (chosen.pairs * start) // chosen.starts
+            measure(measured, pairs, chosen.requests, chosen.tokens, show)
+        for total, one in zip(totals, measured, strict=True):
+            total.add(one.figures)
     if chosen.off:
         print("the server called `on` was switched off by `otel-npu off`")
     print(
-        f"{chosen.pairs} pairs of rounds of {chosen.requests} requests of {chosen.tokens} tokens, {CONCURRENCY} at once"
+        f"{chosen.pairs} pairs of rounds of {chosen.requests} requests of {chosen.tokens} tokens, "
+        f"{CONCURRENCY} at once, in {chosen.starts} starts"
     )
     print(f"{chosen.device_ms:g} ms a step on the device")
     print(f"without otel-npu: {statistics.fmean(off.tokens_per_second):.0f} tokens/s")

@@ -1,10 +1,12 @@
-"""How many stages a second the relay takes on one processor, with metrics and without, and where it stops keeping up.
+"""How many stages a second the relay takes on one processor: without metrics, with them, and with all steps kept.
 
-    python -m benchmarks.metrics_capacity [--seconds S]
+    python -m benchmarks.relay_capacity [--seconds S]
 
 A relay of its own process on a processor of its own; this process sends what an engine and eight workers would, made
 before. It keeps up if what was sent is read within half a second of the end. As a relay gives its time to whoever else
-runs on that processor, what one processor takes is also computed from its processor time.
+runs on that processor, what one processor takes is also computed from its processor time. Where every step is kept as a
+trace, each stage is a span, and so is each rank's step and the engine's: which of them are exported is told, and where
+it does not keep up, what gave way.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from benchmarks.relay_cost import RANKS, STAGES, Serving, _ran, relay_seconds
+from benchmarks.relay_cost import RANKS, STAGES, Serving, connected, ran, relay_seconds
+from benchmarks.vllm_cost import sink
+from otel_npu.looking.session import Connection
 from otel_npu.wire import frames
 from tests.helpers.built import scheduled, updated
 from tests.helpers.receiver import Receiver
@@ -26,13 +30,20 @@ from tests.helpers.receiver import Receiver
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from otel_npu.wire.looking import Session
+
 RATES: Final = (5_000, 10_000, 20_000, 30_000, 45_000, 60_000)
+MODES: Final = (
+    ("without metrics", "none", False),
+    ("with metrics, exported every second", "otlp", False),
+    ("every step kept as a trace", "none", True),
+)
 _MS: Final = 1_000_000
 _QUIET: Final = 0.05
 ENGINE: Final = -1
 
 
-def packets(serving: Serving, rate: int, seconds: float, first: int) -> Iterator[tuple[int, int, bytes]]:
+def packets(serving: Serving, rate: int, seconds: float, first: int, *, kept: bool) -> Iterator[tuple[int, int, bytes]]:
     """When each packet is due, in nanoseconds from the start, of which rank it is (or of the engine), and its bytes."""
     began = time.perf_counter_ns()
     steps = round(rate * seconds / len(STAGES) / RANKS)
@@ -41,7 +52,7 @@ def packets(serving: Serving, rate: int, seconds: float, first: int) -> Iterator
     for start in range(0, steps, group):
         for rank in range(len(serving.workers)):
             raw = [
-                msgspec.Raw(frames.encode(_ran(first + number, rank, began + number * every_ns, kept=False)))
+                msgspec.Raw(frames.encode(ran(first + number, rank, began + number * every_ns, kept=kept)))
                 for number in range(start, min(steps, start + group))
             ]
             yield (start + group) * every_ns, rank, frames.encode(frames.Several(raw))
@@ -49,7 +60,7 @@ def packets(serving: Serving, rate: int, seconds: float, first: int) -> Iterator
             at_ns = began + number * every_ns
             told = scheduled(
                 first + number,
-                kept=False,
+                kept=kept,
                 opened_ns=at_ns - 9 * _MS,
                 scheduled_ns=at_ns - 9 * _MS,
                 ranks=len(serving.workers),
@@ -58,9 +69,11 @@ def packets(serving: Serving, rate: int, seconds: float, first: int) -> Iterator
             yield (start + group) * every_ns, ENGINE, frames.encode(updated(first + number, closed_ns=at_ns))
 
 
-def run(serving: Serving, receiver: Receiver, rate: int, seconds: float, first: int) -> str:
+def run(
+    serving: Serving, looking: Connection, receiver: Receiver, rate: int, seconds: float, first: int, *, kept: bool
+) -> str:
     """Send at this rate, and say how the relay did."""
-    made, resolved = list(packets(serving, rate, seconds, first)), _resolved(receiver)
+    made, resolved, state = list(packets(serving, rate, seconds, first, kept=kept)), _resolved(receiver), looking.ask()
     before, began = relay_seconds(serving.pid), time.perf_counter_ns()
     for due_ns, rank, packet in made:
         wait_ns = began + due_ns - time.perf_counter_ns()
@@ -86,10 +99,30 @@ def run(serving: Serving, receiver: Receiver, rate: int, seconds: float, first: 
     keeps_up = late < 0.5 and stages >= 0.99 * rate * seconds
     if not keeps_up:
         how = f"{late:.1f} s late, {stages / rate / seconds:.0%} read"
+    how = f"{how}; {_megabytes(serving.pid):.0f} MB"
+    if kept:
+        how = f"{how}; {_exported(looking, state, rate, seconds)}"
     return (
         f"{rate:7,} stages a second: {used / stages * 1e6:5.1f} us of processor each, one takes {stages / used:7,.0f}; "
-        f"{how}; {_megabytes(serving.pid):.0f} MB"
+        f"{how}"
     )
+
+
+def _exported(looking: Connection, before: Session, rate: int, seconds: float) -> str:
+    """How many spans that was a second, how many of them were exported, and why not all, once no more come."""
+    spans = rate * seconds / len(STAGES) * (len(STAGES) + 1) + rate * seconds / len(STAGES) / RANKS
+    exported, now = -1, looking.ask()
+    while now.exported_spans > exported:
+        exported = now.exported_spans
+        time.sleep(2.5)
+        now = looking.ask()
+    left_out = {
+        reason: count - before.dropped.get(reason, 0)
+        for reason, count in now.dropped.items()
+        if count > before.dropped.get(reason, 0)
+    }
+    share = (now.exported_spans - before.exported_spans) / spans
+    return f"{spans / seconds:,.0f} spans a second, {share:.1%} exported, left out: {left_out or 'nothing'}"
 
 
 def _resolved(receiver: Receiver) -> float:
@@ -111,24 +144,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to send at each rate")
     seconds = parser.parse_args().seconds
     cpus = sorted(os.sched_getaffinity(0))
-    for metrics in ("none", "otlp"):
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder, Receiver() as receiver:
+    for what, metrics, kept in MODES:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder, Receiver() as receiver, sink() as unread:
             environment = {
                 **receiver.grpc_environment,
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unread,
                 "OTEL_METRICS_EXPORTER": metrics,
                 "OTEL_METRIC_EXPORT_INTERVAL": "1000",
             }
-            serving = Serving(Path(folder, "s.sock"), environment)
+            path = Path(folder, "s.sock")
+            serving = Serving(path, environment)
             try:
-                for task in Path(f"/proc/{serving.pid}/task").iterdir():
-                    os.sched_setaffinity(int(task.name), {cpus[-1]})
-                os.sched_setaffinity(0, set(cpus[:-1]) or set(cpus))
-                serving.ping()
-                print(f"metrics {'off' if metrics == 'none' else 'on, exported every second'}:", flush=True)
-                first = 1
-                for rate in RATES:
-                    print(run(serving, receiver, rate, seconds, first), flush=True)
-                    first += 1_000_000
+                with Connection(path.name, connected(path)) as looking:
+                    for task in Path(f"/proc/{serving.pid}/task").iterdir():
+                        os.sched_setaffinity(int(task.name), {cpus[-1]})
+                    os.sched_setaffinity(0, set(cpus[:-1]) or set(cpus))
+                    serving.ping()
+                    print(f"{what}:", flush=True)
+                    first = 1
+                    for rate in RATES:
+                        print(run(serving, looking, receiver, rate, seconds, first, kept=kept), flush=True)
+                        first += 1_000_000
             finally:
                 os.sched_setaffinity(0, set(cpus))
                 serving.close()
