@@ -18,6 +18,8 @@ VLLM_PLATFORM := sysconfig.get_platform() == "linux-x86_64" and sys.version_info
 # In so many processes the tests run, a file in one; 0 is one after another. They wait for longer than they work, but
 # some of them want a machine that is not busy with the others.
 TEST_PROCESSES ?= 0
+# The quick ones do not.
+QUICK_PROCESSES ?= 4
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 # Those that show what of the code they reach mind less: the quick ones, those that are slow because they start programs
 # that are small, and those of capture once more in Python alone, for which the extension module stands in else.
@@ -41,7 +43,7 @@ setup: $(VENV)/.test ## Set up all that the tests need, in .venv
 test: coverage test-slow ## Run all tests
 
 test-quick: $(VENV)/.test ## Run the tests that are quick: some minutes
-	$(PYTEST) $(TEST_PROCESSES) -m "not slow"
+	$(PYTEST) $(QUICK_PROCESSES) -m "not slow"
 
 test-slow: $(VENV)/.test
 	$(PYTEST) $(TEST_PROCESSES) -m slow $(addprefix --ignore=,$(MEASURED_SLOW))

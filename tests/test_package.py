@@ -61,6 +61,7 @@ def test_the_sdist_has_what_the_documents_and_tests_need(built: Path) -> None:
     assert set(wanted) <= names
 
 
+@pytest.mark.slow
 def test_it_runs_in_an_environment_that_has_nothing_else(built: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "clean", folder=tmp_path)
     binaries = tmp_path / "clean/bin"

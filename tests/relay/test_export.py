@@ -281,6 +281,7 @@ def test_beyond_its_bound_the_queue_drops_the_oldest_and_counts_them(exporter: E
     assert bench.flush()
 
 
+@pytest.mark.slow
 def test_while_the_receiver_is_away_spans_wait_in_few_bytes_and_then_all_leave(sender: Sender) -> None:
     """A million bytes hold what is 250 bytes a span on the wire for ten thousand spans: 64 MB do for ten minutes."""
     bench = Bench(sender, OTEL_NPU_QUEUE_BYTES="1000000")

@@ -406,8 +406,8 @@ def real(loaded_ascend: Simulator, tmp_path_factory: pytest.TempPathFactory) -> 
         yield receiver, run_cases(folder, receiver, *groups)
 
 
+@pytest.mark.slow
 class TestOnTheRealBinding:
-    @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in CASES if name not in ("device reset", "two devices")])
     def test_the_truth_lies_within_the_stated_uncertainty(self, name: str, real: tuple[Receiver, Any]) -> None:
         receiver, results = real

@@ -13,6 +13,8 @@ from tests.helpers.fleet import LATE_NS, LATE_RANK, STAGES, Fleet, Relay
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 STEPS = times(750, 15_000)  # in full: five minutes
 
 
