@@ -18,7 +18,7 @@ CROWDED_BYTES: Final = MAX_BYTES_PER_CLIENT // 2
 # What objects take beside the bytes that they have in the packet, as far as anybody can make many of them.
 _PER_FRAME: Final = 1000
 _PER_OPEN_REQUEST: Final = 1200
-_PER_ENGINE_STEP: Final = 400
+_PER_ENGINE_STEP: Final = 600
 _PER_STAGE: Final = 500
 _PER_REQUEST: Final = 200
 _PER_ATTRIBUTE: Final = 200

@@ -1,0 +1,48 @@
+"""What is on the ledger is what is really held: limits in bytes hold only as far as that is true."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.built import request, scheduled, stage, step
+from tests.relay import test_server
+
+if TYPE_CHECKING:
+    from tests.relay.test_server import Relay
+
+relay = test_server.relay
+
+COUNT = 1500
+
+HELD = {
+    "requests": lambda number: request(number, key=os.urandom(8)),
+    "steps of an engine": lambda number: scheduled(number, span_id=os.urandom(8)),
+    "steps of a rank": lambda number: step(
+        number, kept=False, parent_span_id=os.urandom(8), rank=0, stages=[stage() for _ in range(7)]
+    ),
+}
+
+
+@pytest.mark.parametrize("frame", HELD.values(), ids=HELD)
+def test_what_frames_and_what_is_made_of_them_take_is_on_the_ledger(relay: Relay, frame: object) -> None:
+    assert callable(frame)
+    client = relay.client().greet()
+    relay.run()
+    assert client.flush()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0] - relay.server._ledger.bytes
+        for number in range(1, COUNT + 1):
+            client.send(frame(number))
+        assert client.flush()
+        gc.collect()
+        taken, on_ledger = tracemalloc.get_traced_memory()[0] - before, relay.server._ledger.bytes
+    finally:
+        tracemalloc.stop()
+    assert on_ledger > COUNT * 500  # they are held
+    assert taken < 1.2 * on_ledger
