@@ -36,7 +36,7 @@ REQUESTS: Final = 16
 """So many run at once."""
 REQUEST_STEPS: Final = 200
 PACKET_STEPS: Final = 5
-"""A worker's steps at this rate in one packet: it sends every 50 ms."""
+"""A worker's steps at this rate in one packet, and an engine's: each sends every 50 ms."""
 _QUIET_SECONDS: Final = 0.03
 _MS: Final = 1_000_000
 _TRACE: Final = b"t" * 16
@@ -62,6 +62,9 @@ class Serving:
         self.pid: int = eventually(lambda: relay.pid, "the relay says which process it is")
         self._number = 0
         self._waiting: list[list[frames.Step]] = [[] for _ in self.workers]
+        self._deferred: list[frames.Scheduled | frames.Updated] = []
+        self._like: tuple[bytes, list[int]] = b"", []
+        """The last step that was listed, and its requests if all of them decode."""
         self._running: dict[int, int] = {}
         self._next_request = 0
 
@@ -88,38 +91,46 @@ class Serving:
             arrived = time.time_ns()
             _send(self.engine, request(self._next_request, trace_id=os.urandom(16), arrived_unix_ns=arrived))
         numbers = list(self._running) if requests else []
-        _send(
-            self.engine,
-            scheduled(
-                number,
-                kept=kept,
-                opened_ns=now - 9 * _MS,
-                scheduled_ns=now - 9 * _MS + 100_000,
-                ranks=len(self.workers),
-                total_tokens=max(1, len(numbers)),
-                total_requests=len(numbers),
-                requests=numbers,
-                tokens=[1] * len(numbers),
-                prefills=[not self._running[each] for each in numbers],
-            ),
+        prefills = [not self._running[each] for each in numbers]
+        repeated = bool(numbers) and self._like[1] == numbers
+        lists = {"like": self._like[0]} if repeated else {"requests": numbers, "prefills": prefills}
+        now_scheduled = scheduled(
+            number,
+            kept=kept,
+            opened_ns=now - 9 * _MS,
+            scheduled_ns=now - 9 * _MS + 100_000,
+            ranks=len(self.workers),
+            total_tokens=max(1, len(numbers)),
+            total_requests=len(numbers),
+            tokens=[] if repeated else [1] * len(numbers),
+            **lists,
         )
+        if not repeated:
+            self._like = now_scheduled.span_id, [] if any(prefills) else numbers
+        self._deferred.append(now_scheduled)
         for rank, (worker, waiting) in enumerate(zip(self.workers, self._waiting, strict=True)):
             waiting.append(ran(number, rank, now, kept=kept))
             if len(waiting) == PACKET_STEPS:
-                _send(worker, frames.Several([msgspec.Raw(frames.encode(each)) for each in waiting]))
-                waiting.clear()
+                _send(worker, _together(waiting))
         finished = []
         for each in numbers:
             self._running[each] += 1
             if self._running[each] == REQUEST_STEPS:
                 finished.append(each)
                 del self._running[each]
-        _send(
-            self.engine,
-            updated(number, closed_ns=now, requests=numbers, new_tokens=[1] * len(numbers), finished=finished),
-        )
+        outputs = {"requests": numbers, "new_tokens": [1] * len(numbers), "finished": finished}
+        self._deferred.append(updated(number, closed_ns=now, **(outputs if finished else {"each": 1})))
+        if finished or len(self._deferred) >= 2 * PACKET_STEPS:
+            _send(self.engine, _together(self._deferred))
         for each in finished:
             _send(self.front_end, request_end(each, ended_unix_ns=time.time_ns(), output_tokens=REQUEST_STEPS))
+
+
+def _together(waiting: list[Any]) -> frames.Several:
+    """All of them in one packet; none waits any more."""
+    packet = frames.Several([msgspec.Raw(frames.encode(each)) for each in waiting])
+    waiting.clear()
+    return packet
 
 
 def connected(path: Path) -> socket.socket:

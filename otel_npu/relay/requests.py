@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+import operator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_npu import semconv
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 ABORT: Final = "abort"
 RECENT_STEPS: Final = 64
-"""So many of a request's steps stay apart until it ends: which of them were surplus is only known then."""
+"""So many of a request's steps stay apart at most until it ends: which of them were surplus is only known then."""
+_FOLDED_TOGETHER: Final = 16
+"""So many are put into its phases at once: all but the first finds its code in the processor's caches."""
 SHOWN_PREFILL_STEPS: Final = 64
 SHOWN_DECODE_STEPS: Final = 3
 """So many steps of a phase are spans, the slowest ones."""
@@ -25,6 +29,7 @@ DETAIL_STEPS: Final = 256
 MAX_STAGE_NAMES: Final = 128
 """Of so many stages a phase tells the times apart."""
 _MAX_EVENTS: Final = 128
+_is_settled: Final = operator.attrgetter("step.settled")
 _MAX_LOADS: Final = 16
 
 
@@ -97,9 +102,10 @@ class Phase:
         self.attributed_ns += times.device_ns * tokens / times.total_tokens
         by_stage = self.by_stage
         for name, duration_ns in times.by_stage.items():
-            if name not in by_stage and len(by_stage) >= MAX_STAGE_NAMES:
-                continue
-            by_stage[name] = by_stage.get(name, 0) + duration_ns
+            if name in by_stage:
+                by_stage[name] += duration_ns
+            elif len(by_stage) < MAX_STAGE_NAMES:
+                by_stage[name] = duration_ns
 
     @property
     def timing(self) -> str:
@@ -246,8 +252,11 @@ class OpenRequest:
     def settled(self) -> None:
         """The times of one more of its steps are known."""
         self._unsettled -= 1
-        while len(self._parts) > RECENT_STEPS and self._parts[0].step.settled and not self.ending:
-            part = self._parts.pop(0)
+        if len(self._parts) < RECENT_STEPS or self.ending:
+            return
+        folded = [*itertools.takewhile(_is_settled, self._parts[:_FOLDED_TOGETHER])]
+        del self._parts[: len(folded)]
+        for part in folded:
             self._folded_outputs = max(self._folded_outputs, part.outputs)
             self._add(part)
 

@@ -20,7 +20,7 @@ from otel_npu.relay.joiner import Joiner
 from otel_npu.relay.ledger import CROWDED_BYTES, Ledger
 from otel_npu.relay.making import Making
 from otel_npu.relay.metrics.counted import Metrics
-from otel_npu.relay.pace import Pace
+from otel_npu.relay.pace import FIRST_SECONDS, Pace
 from otel_npu.relay.patience import Patience
 from otel_npu.relay.switching import Switching
 from otel_npu.relay.viewers import Viewers
@@ -223,6 +223,8 @@ class Server:
         pause = self._pace.pause(packets)
         if self._flushes or self._asked:
             pause = _FLUSH_LOOK_SECONDS
+        elif pause is not None and (self._viewers.followers or self._switching.waiting):
+            pause = min(pause, FIRST_SECONDS)  # somebody looks on, or waits
         if pause is not None:
             self._clients.rest(pause)
             return 0.0

@@ -355,16 +355,20 @@ def decode_frame(packet: bytes | memoryview | msgspec.Raw) -> Frame:
 def _nest(stages: list[Stage]) -> None:
     """Say of each stage which is the innermost around it: it was entered before and exited after."""
     around: list[int] = []  # the stages, by index, that the next one may lie in
+    last_exit_ns = 0
     for index, stage in enumerate(stages):
+        entered_ns, exited_ns = stage.entered_ns, stage.exited_ns
         stage.parent = -1
-        exited_ns = stage.exited_ns
-        while around and stages[around[-1]].exited_ns <= stage.entered_ns:
+        if entered_ns >= last_exit_ns:  # as most do, it follows all that were before it
+            around.clear()
+        while around and stages[around[-1]].exited_ns <= entered_ns:
             around.pop()
         for outer in reversed(around):  # tasks of one thread may overlap without one being in the other
             if stages[outer].exited_ns >= exited_ns:
                 stage.parent = outer
                 break
         around.append(index)
+        last_exit_ns = max(last_exit_ns, exited_ns)
 
 
 def _check_step(step: Step) -> None:
