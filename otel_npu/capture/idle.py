@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import threading
 import time
 from time import perf_counter_ns
@@ -26,8 +28,9 @@ IDLE_SECONDS: Final = 0.05
 """Between two looks. Seldom: where the model's thread runs Python just then, a look takes the GIL from it, and it waits
 for two switches of threads beside the look itself. What is resolved together is cheaper, too: all but the first is
 warm. Not more seldom: what is closed and not yet sent is lost where a process is killed, as vLLM's workers are."""
-OFF_SECONDS: Final = 0.2
-"""The same while capture is switched off: it costs what there is to do."""
+QUIET_SECONDS: Final = 0.2
+"""The same while capture is switched off, and between two looks at the relay: they cost as much as all else there is
+to do."""
 WATCH_SECONDS: Final = 1.0
 _STEPS_PER_TICK: Final = 96
 _CLOSING_NS: Final = 1_000_000_000  # far longer than a step takes to close
@@ -56,8 +59,9 @@ class IdleThread:
         self._next_drop_line = time.monotonic() + REPORT_SECONDS
         self._device_since: float | None = None
         """Since when the device is settled, until it was said that tracing is on."""
-        self._stop = threading.Event()
-        self._wake = threading.Event()
+        self._stopping = False
+        # Not an event, whose lock a signal handler that flushes in the midst of a flush would wait for for ever.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
 
     def start(self) -> None:
@@ -66,12 +70,12 @@ class IdleThread:
 
     def wake(self) -> None:
         """Look now."""
-        self._wake.set()
+        self._wakes.put(None)
 
     def stop(self, timeout_seconds: float) -> None:
         """End; waits at most this long."""
-        self._stop.set()
-        self._wake.set()
+        self._stopping = True
+        self.wake()
         self._thread.join(timeout_seconds)
 
     def new_device(self) -> None:
@@ -84,27 +88,45 @@ class IdleThread:
         return announce.is_on(self._capture.settings, self._capture.device, time.monotonic() - since)
 
     def _run(self) -> None:
-        next_watch = 0.0
+        next_keep = next_watch = 0.0
+        woken = False
         while True:
             try:
-                self._link.keep()
-                wanted = self._channel.take_switch()
-                if wanted is not None:
-                    self._capture.obey(on=wanted)
+                now = time.monotonic()
+                if woken or now >= next_keep or not self._channel.connected:
+                    next_keep = now + QUIET_SECONDS
+                    self._keep()
                 self.resolve()
                 self._channel.drain()
-                if time.monotonic() >= next_watch:
-                    next_watch = time.monotonic() + WATCH_SECONDS
+                if now >= next_watch:
+                    next_watch = now + WATCH_SECONDS
                     self._watch()
                     self.ping()
                 elif len(self._capture.device.pools) > self._pinged:
                     self.ping()
             except Exception:
                 self._capture.own_fault()
-            self._wake.wait(IDLE_SECONDS if self._busy() else OFF_SECONDS)
-            self._wake.clear()
-            if self._stop.is_set():
+            woken = self._wait(IDLE_SECONDS if self._busy() else QUIET_SECONDS)
+            if self._stopping:
                 return
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait until somebody wants a look, or for so long; whether somebody did."""
+        try:
+            self._wakes.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        with contextlib.suppress(queue.Empty):
+            while True:  # one look is for all of them
+                self._wakes.get_nowait()
+        return True
+
+    def _keep(self) -> None:
+        """Keep the relay, and do what it says."""
+        self._link.keep()
+        wanted = self._channel.take_switch()
+        if wanted is not None:
+            self._capture.obey(on=wanted)
 
     def _busy(self) -> bool:
         capture = self._capture

@@ -96,6 +96,7 @@ class Clients:
         connection.setblocking(False)
         self._clients[connection.fileno()] = Connected(connection)
         self._sockets.register(connection, select.EPOLLIN)
+        self._doors.register(connection, 0)  # its end comes all the same, and somebody may wait for what follows
 
     def looks(self, client: Connected) -> None:
         """This one only looks."""
@@ -121,9 +122,10 @@ class Clients:
         return ready
 
     def rest(self, seconds: float) -> None:
-        """Leave them alone for so long; whoever wants to connect is taken nevertheless."""
+        """Leave them alone for so long; whoever wants to connect is taken nevertheless, and who hangs up ends it."""
         for descriptor, _ in self._doors.poll(seconds):
-            self._answer(descriptor)
+            if descriptor not in self._clients:
+                self._answer(descriptor)
 
     def packets(self, client: Connected) -> Iterator[memoryview | None]:
         """What one client has sent, up to its share of a turn; None for a packet that is too long."""
@@ -158,7 +160,8 @@ class Clients:
         """Let a client go."""
         if self._clients.pop(client.connection.fileno(), None) is not None:
             self._looking -= client.looks
-            self._sockets.unregister(client.connection)
+            for poll in (self._sockets, self._doors):
+                poll.unregister(client.connection)
             client.connection.close()
             self._parted(client)
 

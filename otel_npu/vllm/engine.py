@@ -179,17 +179,17 @@ class EngineSteps:
         told = announced(getattr(request, "trace_headers", None))
         self._members[request.request_id] = member = _Member(request, next(_request_numbers) if told else None)
         if told is not None and member.number is not None:
-            recorder.send(
-                frames.Request(
-                    told.key,
-                    member.number,
-                    told.trace_id,
-                    told.parent_span_id,
-                    told.request_id,
-                    int(request.arrival_time * 1e9),
-                    response_id=told.response_id,
-                    detail=recorder.settings.request_spans == "detail",
-                )
+            recorder.defer(
+                _NO_DROPS,
+                frames.Request,
+                told.key,
+                member.number,
+                told.trace_id,
+                told.parent_span_id,
+                told.request_id,
+                int(request.arrival_time * 1e9),
+                told.response_id,
+                recorder.settings.request_spans == "detail",
             )
 
     def _scheduled(self, output: Any, opened_ns: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies
 
 import otel_npu
-from otel_npu.capture import switch
+from otel_npu.capture import link, switch
 from otel_npu.devices.simulated import SimulatedEvent, SimulatedNpu
 from tests.faults.effort import IN_FULL, times
 from tests.helpers.capturing import SECOND, Clock, chosen
@@ -46,6 +46,7 @@ def outcome() -> Iterator[Callable[..., tuple[Program, list[Span]]]]:
         def run_traced(operations: list[Operation], pairs: int) -> tuple[Program, list[Span]]:
             before = len(receiver.spans)
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(link, "_RETRY_SECONDS", 0.01)  # after the connection was lost
                 for variable, value in receiver.http_environment.items():
                     patch.setenv(variable, value)
                 program = run(operations, pairs)
@@ -195,7 +196,7 @@ class Program:
     operations=strategies.lists(OPERATIONS, min_size=25, max_size=80),
     pairs=strategies.sampled_from([2, 5, 1024]),
 )
-@hypothesis.settings(max_examples=times(80, 5000), derandomize=not IN_FULL)
+@hypothesis.settings(max_examples=times(80, 1000), derandomize=not IN_FULL)
 def test_whole_traces_arrive_and_the_rest_is_counted(
     outcome: Callable[..., tuple[Program, list[Span]]], operations: list[Operation], pairs: int
 ) -> None:
