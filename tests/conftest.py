@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -106,14 +107,23 @@ def run_program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
     def run(
         source: str, environment: Mapping[str, str] | None = None, *, timeout: float = 300, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*program(tmp_path, source)],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
-            capture_output=True,
+        process = subprocess.Popen(
+            program(tmp_path, source),
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONFAULTHANDLER": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
-            check=False,
         )
+        try:
+            output = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it says what each of its threads is about
+            output = process.communicate()
+            raise AssertionError(f"still there after {timeout:.0f} s\n{output[0]}\n{output[1]}") from None
+        except BaseException:
+            process.kill()
+            raise
+        done = subprocess.CompletedProcess(process.args, process.returncode, *output)
         assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -96,8 +96,9 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENC
 class Program:
     """A running program that is spoken to in lines."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process = process
+        self._log = log
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -116,8 +117,15 @@ class Program:
         return json.loads(self.line())
 
     def line(self) -> str:
-        """The next line that it, or its relay, prints."""
-        return self._lines.get(timeout=PATIENCE_SECONDS)
+        """The next line that it, or its relay, prints.
+
+        Raises:
+            AssertionError: There is none, or none in time.
+        """
+        with contextlib.suppress(queue.Empty):
+            if line := self._lines.get(timeout=PATIENCE_SECONDS):
+                return line
+        raise AssertionError(f"no line; exit code {self.process.poll()}; the log: {self._log.read_text()[-4000:]}")
 
     def ask(self, expression: str) -> Any:
         """What an expression is over there."""
@@ -138,6 +146,7 @@ class Program:
         with self.process.stdout as stream:
             for line in stream:
                 self._lines.put(line)
+        self._lines.put("")
 
 
 class Programs:
@@ -206,7 +215,7 @@ class Programs:
                 stderr=log,
                 text=True,
             )
-        program = Program(process)
+        program = Program(process, self.log_path)
         self._running.append(program)
         return program
 
