@@ -25,7 +25,8 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numpr
 # that are small, and those of capture once more in Python alone, for which the extension module stands in else.
 MEASURED_PROCESSES ?= 2
 MEASURED := $(PYTEST) $(MEASURED_PROCESSES) --cov --cov-append --cov-report=
-MEASURED_SLOW := tests/cli tests/devices tests/test_compiled.py
+MEASURED_SLOW := tests/cli tests/devices tests/relay/metrics tests/relay/test_credentials.py tests/test_announce.py \
+	tests/test_compiled.py
 
 # What `make bench` compares with.
 BEFORE ?= 6177d3b

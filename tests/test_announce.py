@@ -74,6 +74,7 @@ def test_a_program_whose_tracing_has_ended_is_not_told_that_it_is_on(caplog: pyt
     assert "is on" not in caplog.text
 
 
+@pytest.mark.slow
 def test_whoever_has_set_up_logging_decides_who_sees_it(run_program: Callable[..., Any]) -> None:
     environment = {"OTEL_NPU_ENABLED": "1", "OTEL_NPU_DEVICE": "cpu", "OTEL_TRACES_EXPORTER": "none"}
     for level, lines in (("WARNING", 0), ("INFO", 1)):
@@ -160,6 +161,7 @@ def test_a_mistyped_variable_is_one_warning_though_tracing_is_off(run_program: C
 @pytest.mark.parametrize(
     ("device", "why"), [("npu", "torch_npu is not installed"), ("gpu", "torch knows no such device")]
 )
+@pytest.mark.slow
 def test_a_device_that_can_not_come_is_one_clear_line(run_program: Callable[..., Any], device: str, why: str) -> None:
     pytest.importorskip("torch")
     hidden = "import sys, importlib.util; find = importlib.util.find_spec\n"

@@ -334,6 +334,7 @@ class TestVersions:
         assert hooks.version(PACKAGE) == "0.9.1"
         hooks._installed_version.cache_clear()
 
+    @pytest.mark.slow
     def test_vllm_is_found_by_whichever_name_it_was_installed(self) -> None:
         pytest.importorskip("vllm.version")
         assert re.match(r"\d+\.\d+", hooks.version("vllm"))

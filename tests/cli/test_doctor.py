@@ -171,11 +171,13 @@ class TestVllm:
         assert report["vLLM plugin"]["status"] == "ok"
 
     @pytest.mark.skipif(not sources.installed("vllm"), reason="vLLM is not installed")
+    @pytest.mark.slow
     def test_the_vllm_that_is_installed_has_every_target(self) -> None:
         report = doctor(QUICK)
         assert report["vLLM hooks"]["status"] == "ok"
         assert report["vLLM"]["found"] == sources.version("vllm")
 
+    @pytest.mark.slow
     def test_a_hook_target_that_was_renamed(self, stub_vllm: Callable[..., str]) -> None:
         report = doctor({**QUICK, "PYTHONPATH": stub_vllm(do_tracing="do_trace")})
         assert report.code == 1
@@ -191,12 +193,14 @@ class TestVllm:
         assert "excluded: VLLM_PLUGINS=" in finding.found
         assert "otel_npu" in finding.cure
 
+    @pytest.mark.slow
     def test_a_plugin_that_is_named_and_what_is_not_supported(self, stub_vllm: Callable[..., str]) -> None:
         report = doctor({**QUICK, "PYTHONPATH": stub_vllm(), "VLLM_PLUGINS": "other,otel_npu"})
         assert report["vLLM plugin"]["status"] == "ok"
         found = report["not traced"]["found"]
         assert all(words in found for words in ("VLLM_USE_RUST_FRONTEND", "stream", "traces of their steps", "Ray"))
 
+    @pytest.mark.slow
     def test_without_vllm_there_is_nothing_to_check(self, bare_python: str) -> None:
         report = doctor(QUICK, python=bare_python)
         names = ("vLLM", "vllm-ascend", "vLLM hooks", "vLLM plugin", "not traced")
@@ -251,6 +255,7 @@ class TestTheEnvironment:
         assert_red(hang, "OTEL_NPU_HANG_SECONDS='soon'", "takes a number of seconds above 0, or 'never'")
         assert_red(steps, "OTEL_NPU_STEPS_PER_SECOND='-1'", "takes a number of steps a second")
 
+    @pytest.mark.slow
     def test_a_variable_that_is_misspelled(self) -> None:
         report = doctor({**QUICK, "OTEL_NPU_STEP_PER_SECOND": "3"})
         assert report.code == 0
@@ -378,11 +383,13 @@ class TestARunningServer:
 
 
 class TestTheCommand:
+    @pytest.mark.slow
     def test_checks_that_say_the_same_are_one_row(self) -> None:
         done = run_doctor(environment=QUICK)
         [row] = [line for line in done.stdout.splitlines() if "not used: OTEL_NPU_DEVICE=cpu" in line]
         assert row.endswith("(torch_npu, CANN library, devices, timing events, device clock too)")
 
+    @pytest.mark.slow
     def test_a_service_without_a_name_is_worth_a_look(self) -> None:
         [nameless] = doctor(QUICK).all_of("service name")
         assert nameless["status"] == "warning"
@@ -406,6 +413,7 @@ class TestTheCommand:
         assert [path for folder in folders.values() for path in folder.rglob("*")] == []
         assert all(not _mentions(pid, folders["XDG_RUNTIME_DIR"]) for pid in processes())
 
+    @pytest.mark.slow
     def test_the_screen_shows_each_check_and_the_cure_below_what_is_wrong(self) -> None:
         done = run_doctor(environment={**QUICK, "OTEL_NPU_EXPORT": "relais"})
         assert done.returncode == 1
@@ -417,10 +425,12 @@ class TestTheCommand:
         assert "1 failed" in lines[-1]
         assert done.stderr == ""
 
+    @pytest.mark.slow
     def test_it_fits_on_one_screen(self) -> None:
         done = run_doctor(environment=QUICK)
         assert len(done.stdout.splitlines()) <= 24
 
+    @pytest.mark.slow
     def test_a_terminal_without_unicode_gets_words(self) -> None:
         done = run_doctor(environment={**QUICK, "PYTHONIOENCODING": "ascii", "OTEL_NPU_EXPORT": "relais"})
         assert done.stdout.isascii()

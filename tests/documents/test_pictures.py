@@ -51,6 +51,7 @@ def printed() -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_picture_says_what_the_demo_says(drawn: list[str], printed: list[str]) -> None:
     assert said(drawn) == said(printed)
 

@@ -47,6 +47,7 @@ def closed() -> Iterator[str]:
         ("http/protobuf", "{secret}@{closed}", "x-api-key={secret}%0a"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_wrong_is_told_without_it(
     programs: Programs, closed: str, protocol: str, endpoint: str, headers: str
 ) -> None:

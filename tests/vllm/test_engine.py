@@ -287,6 +287,7 @@ def test_without_root_traces_no_step_is_a_trace() -> None:
         assert [step.trace_id for step in told(captured, frames.Scheduled)] == [b""]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_10000_requests(captured: Captured) -> None:
     scheduler = Scheduler()
     steps = engine.EngineSteps(scheduler, CONFIG)

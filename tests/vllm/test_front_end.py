@@ -448,6 +448,7 @@ def test_an_unsampled_request_that_is_aborted_has_none(captured: Captured, provi
     assert not ends(captured)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_10000_requests(captured: Captured, provider: Provider) -> None:
     processor = Processor()
     for number in range(10_000):

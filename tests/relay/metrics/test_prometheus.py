@@ -29,6 +29,7 @@ def traces_alone(receiver: Receiver) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_prometheus_scrapes_every_step_and_its_exemplars_lead_to_spans(
     programs: Programs, receiver: Receiver, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_prometheus_scrapes_every_step_and_its_exemplars_lead_to_spans(
     assert "ERROR" not in programs.log
 
 
+@pytest.mark.slow
 def test_two_relays_that_want_one_port_are_one_clear_line_and_the_second_serves_when_the_first_has_gone(
     tmp_path: Path, receiver: Receiver
 ) -> None:
