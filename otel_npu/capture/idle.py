@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 from time import perf_counter_ns
@@ -60,8 +59,10 @@ class IdleThread:
         self._device_since: float | None = None
         """Since when the device is settled, until it was said that tracing is on."""
         self._stopping = False
-        # Not an event, whose lock a signal handler that flushes in the midst of a flush would wait for for ever.
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Held but for when somebody wants a look. Not an event, for whose own lock a signal handler that flushes in the
+        # midst of a flush would wait for ever.
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
         self._thread = threading.Thread(target=self._run, name="otel-npu", daemon=True)
 
     def start(self) -> None:
@@ -70,7 +71,8 @@ class IdleThread:
 
     def wake(self) -> None:
         """Look now."""
-        self._wakes.put(None)
+        with contextlib.suppress(RuntimeError):  # it is about to look
+            self._asleep.release()
 
     def stop(self, timeout_seconds: float) -> None:
         """End; waits at most this long."""
@@ -106,20 +108,9 @@ class IdleThread:
                     self.ping()
             except Exception:
                 self._capture.own_fault()
-            woken = self._wait(IDLE_SECONDS if self._busy() else QUIET_SECONDS)
+            woken = self._asleep.acquire(timeout=IDLE_SECONDS if self._busy() else QUIET_SECONDS)
             if self._stopping:
                 return
-
-    def _wait(self, seconds: float) -> bool:
-        """Wait until somebody wants a look, or for so long; whether somebody did."""
-        try:
-            self._wakes.get(timeout=seconds)
-        except queue.Empty:
-            return False
-        with contextlib.suppress(queue.Empty):
-            while True:  # one look is for all of them
-                self._wakes.get_nowait()
-        return True
 
     def _keep(self) -> None:
         """Keep the relay, and do what it says."""

@@ -28,10 +28,6 @@ _log = logging.getLogger("otel_npu.relay")
 
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _DESCRIPTORS: Final = 4096
-_COLLECT_EVERY: Final = 20_000
-"""New objects between two looks for cycles, of which a relay makes next to none. Each look goes through what is held of
-requests and their steps, and every hundredth through all of the SDK: 50 ms. By Python's own number that is 6 % of what
-a relay does."""
 
 
 class Life:
@@ -95,8 +91,8 @@ def serve(listeners: Sequence[socket.socket], path: Path | None, life: Life, *, 
     _take_descriptors()
     # Ctrl-C in the terminal is for the model; the relay ends after it, when it has sent everything.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.set_threshold(_COLLECT_EVERY)
-    server = Server.from_environment(listeners, stay=stay)
+    # What it has loaded stays: to look for cycles in all of the SDK takes 50 ms, again and again.
+    server = Server.from_environment(listeners, stay=stay, loaded=gc.freeze)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     life.say(SERVING)

@@ -74,6 +74,7 @@ class Server:
         stay: Whether to go on when the last client has gone, as a relay in a container of its own does.
         metrics: Makes what counts for the metrics, given where drops are counted; without it there are none.
         environment: The standard variables.
+        loaded: Called once all is imported.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Server:
         stay: bool = False,
         metrics: Callable[[Drops], Metrics | None] = lambda _: None,
         environment: Mapping[str, str] = os.environ,
+        loaded: Callable[[], None] = lambda: None,
     ) -> None:
+        self._loaded = loaded
         self._drops = Drops()
         self._metrics = metrics(self._drops)
         self._environment = environment
@@ -125,6 +128,7 @@ class Server:
         *,
         stay: bool = False,
         environment: Mapping[str, str] = os.environ,
+        loaded: Callable[[], None] = lambda: None,
     ) -> Server:
         """A server with the exporters that the environment names. If it names a bad one, nothing is exported."""
         return cls(
@@ -133,12 +137,14 @@ class Server:
             stay=stay,
             metrics=functools.partial(Metrics.from_environment, environment=environment),
             environment=environment,
+            loaded=loaded,
         )
 
     def _load(self, exporters: Sequence[SpanExporter] | Callable[[], Sequence[SpanExporter]]) -> ExportQueue:
         export = _export_queue(exporters, self._drops, self._environment)
         if self._metrics is not None:
             self._metrics.load(export.fill, self._environment)
+        self._loaded()
         return export
 
     def add_client(self, connection: socket.socket) -> None:
