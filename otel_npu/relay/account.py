@@ -14,11 +14,12 @@ class Account:
     Attributes:
         accepted: How many spans of it were put so far.
         lost: How much of what came from it was lost since it last asked, in the receiver or on the way there.
+        held_bytes: About how much memory what came from it takes that is held.
         batches: What holds spans of it and is not dealt with; of each the number of spans put before it.
     """
 
     def __init__(self) -> None:
-        self.accepted = self.lost = 0
+        self.accepted = self.lost = self.held_bytes = 0
         self.batches: dict[Hashable, int] = {}
 
     @property

@@ -16,8 +16,11 @@ class Client:
     def __init__(self) -> None:
         self.greeted: Assembler | None = None
         self.account = Account()
-        self.held_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
         """About how much memory its frames take that are held."""
+        return self.account.held_bytes
 
     @property
     def assembler(self) -> Assembler:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 MAX_BYTES_PER_CLIENT: Final = 48 * 1024 * 1024
 MAX_BYTES: Final = 64 * 1024 * 1024
+_LITTLE_BYTES: Final = 2 * 1024 * 1024
+_RESERVED_BYTES: Final = 8 * 1024 * 1024
+"""Of all, for those of whom little is held: two who flood, or one who comes back, leave them room."""
 CROWDED_BYTES: Final = MAX_BYTES_PER_CLIENT // 2
 """Where more is held of one, it is read after the others."""
 
@@ -72,7 +75,8 @@ class Ledger:
         """Whether one more such frame of this client may be held."""
         if not isinstance(frame, _HELD):
             return True
-        return client.held_bytes < MAX_BYTES_PER_CLIENT and self.bytes < MAX_BYTES
+        most = MAX_BYTES if client.held_bytes < _LITTLE_BYTES else MAX_BYTES - _RESERVED_BYTES
+        return client.held_bytes < MAX_BYTES_PER_CLIENT and self.bytes < most
 
     def hold(self, client: Client, frame: frames.Frame, packet_bytes: int) -> None:
         """Count a frame of a client for as long as it is there."""
@@ -80,11 +84,11 @@ class Ledger:
             return
         held = _Held(frame, self._let_go)
         held.client, held.weight = client, weight(frame, packet_bytes)
-        client.held_bytes += held.weight
+        client.account.held_bytes += held.weight
         self.bytes += held.weight
         self._held[id(held)] = held
 
     def _let_go(self, held: _Held) -> None:
         del self._held[id(held)]
-        held.client.held_bytes -= held.weight
+        held.client.account.held_bytes -= held.weight
         self.bytes -= held.weight

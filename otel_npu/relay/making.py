@@ -65,6 +65,14 @@ class Unmade(Sequence["ReadableSpan"]):
         return self._made
 
 
+class _Traces:
+    """What waits of one client, and about how many spans that is."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Unmade] = deque()
+        self.spans = 0
+
+
 class Making:
     """What is still to be made into spans, and the exporter behind it.
 
@@ -77,7 +85,8 @@ class Making:
         self._load = load
         self._drops = drops
         self._requests: deque[tuple[Sequence[ReadableSpan], Account]] = deque()
-        self._traces: deque[tuple[Unmade, Account]] = deque()
+        self._traces: dict[Account, _Traces] = {}
+        """Whose turn it is is the first."""
         self._trace_spans = 0
         self._export: ExportQueue | None = None
         self._loading: threading.Thread | None = None
@@ -110,10 +119,14 @@ class Making:
     def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
         """Take a client's spans. Those of one call leave together."""
         if isinstance(spans, Unmade) and spans.gives_way:
-            self._traces.append((spans, account))
+            traces = self._traces.get(account)
+            if traces is None:
+                traces = self._traces[account] = _Traces()
+            traces.waiting.append(spans)
+            traces.spans += spans.gives_way
             self._trace_spans += spans.gives_way
             while self._trace_spans > MAX_TRACE_SPANS:
-                self.give_way()
+                self._give_up(max(self._traces, key=lambda account: self._traces[account].spans))
         elif isinstance(spans, Unmade) or spans:
             self._requests.append((spans, account))
             if len(self._requests) > MAX_REQUESTS:
@@ -121,15 +134,36 @@ class Making:
                 self._drops.add(semconv.RELAY_BUSY)
                 loser.lose()
 
-    def give_way(self) -> bool:
-        """Give up the oldest trace, if one waits; whether one did."""
-        if not self._traces:
+    def give_way(self, asks: Account) -> bool:
+        """Give up a trace that waits, so that there is room for what this client has sent; whether one did.
+
+        The oldest of its own or, if it has none, of whoever makes the relay hold most, and more than it does: who sends
+        much takes nothing from those who send little.
+        """
+        if asks in self._traces:
+            self._give_up(asks)
+            return True
+        largest = max(self._traces, key=lambda account: account.held_bytes, default=asks)
+        if largest.held_bytes <= asks.held_bytes:
             return False
-        spans, account = self._traces.popleft()
-        self._trace_spans -= spans.gives_way
+        self._give_up(largest)
+        return True
+
+    def _give_up(self, account: Account) -> None:
+        """Leave out the oldest trace of this client."""
+        spans = self._take_trace(account)
         self._drops.add(semconv.RELAY_BUSY)
         account.lose(spans.gives_way)
-        return True
+
+    def _take_trace(self, account: Account) -> Unmade:
+        """The oldest trace of this client; the next is another's turn."""
+        traces = self._traces.pop(account)
+        spans = traces.waiting.popleft()
+        traces.spans -= spans.gives_way
+        self._trace_spans -= spans.gives_way
+        if traces.waiting:
+            self._traces[account] = traces
+        return spans
 
     def some(self, seconds: float) -> None:
         """Make what waits, for so much processor time; something of it in any case.
@@ -157,11 +191,12 @@ class Making:
 
     def _next(self, export: ExportQueue) -> None:
         of_request = bool(self._requests)
-        if self._requests:
+        spans: Sequence[ReadableSpan]
+        if of_request:
             spans, account = self._requests.popleft()
         else:
-            spans, account = self._traces.popleft()
-            self._trace_spans -= spans.gives_way
+            account = next(iter(self._traces))
+            spans = self._take_trace(account)
         try:
             export.put(list(spans), account)
             if of_request and self.told is not None:

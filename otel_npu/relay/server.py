@@ -300,7 +300,7 @@ class Server:
             frame = frames.decode_frame(encoded)
             self._patience.read(frame)
             while not self._ledger.has_room(client, frame):
-                if not self._making.give_way():
+                if not self._making.give_way(client.account):
                     self._drops.add(semconv.RELAY_FULL)
                     client.account.lose()
                     return

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from otel_npu.relay.client import Client
+from otel_npu.relay.ledger import MAX_BYTES, MAX_BYTES_PER_CLIENT, Ledger
 from tests.helpers.built import request, scheduled, stage, step
 from tests.relay import test_server
 
 if TYPE_CHECKING:
+    from otel_npu.wire.frames import Request
     from tests.relay.test_server import Relay
 
 relay = test_server.relay
@@ -46,3 +49,23 @@ def test_what_frames_and_what_is_made_of_them_take_is_on_the_ledger(relay: Relay
         tracemalloc.stop()
     assert on_ledger > COUNT * 500  # they are held
     assert taken < 1.2 * on_ledger
+
+
+def test_two_who_make_it_hold_all_that_it_may_leave_room_for_others() -> None:
+    ledger = Ledger()
+    kept: list[Request] = []
+
+    def fill(client: Client) -> int:
+        while ledger.has_room(client, frame := request(len(kept) + 1)):
+            kept.append(frame)
+            ledger.hold(client, frame, 200_000)
+        return client.held_bytes
+
+    assert fill(Client()) >= MAX_BYTES_PER_CLIENT
+    fill(Client())
+    assert ledger.bytes < MAX_BYTES
+    assert fill(Client()) > 1_000_000
+    fill(Client())
+    while ledger.has_room(Client(), request(1)):
+        fill(Client())
+    assert ledger.bytes < MAX_BYTES + 1_000_000

@@ -40,9 +40,9 @@ class Made:
         self.account = Account()
         self.making = Making(lambda: self.export, self.drops)
 
-    def put(self, *names: str, gives_way: int = 0) -> None:
+    def put(self, *names: str, gives_way: int = 0, account: Account | None = None) -> None:
         spans: Any = names
-        self.making.put(Unmade(lambda: spans, gives_way=gives_way), self.account)
+        self.making.put(Unmade(lambda: spans, gives_way=gives_way), account or self.account)
 
 
 @pytest.fixture
@@ -121,6 +121,30 @@ def test_the_oldest_traces_give_way_and_requests_never(made: Made, monkeypatch: 
     assert made.export.spans == ["request", "step 3", "stage 3", "step 4", "stage 4"]
     assert made.drops.take_unsent() == {semconv.RELAY_BUSY: 3}
     assert made.account.lost == 6
+
+
+def test_for_a_clients_frames_its_own_traces_give_way_or_those_of_one_of_whom_more_is_held(made: Made) -> None:
+    little, much = Account(), Account()
+    little.held_bytes, much.held_bytes = 1000, 5000
+    made.put("a", gives_way=1, account=little)
+    made.put("b", gives_way=1, account=much)
+    assert made.making.give_way(much)
+    assert not made.making.give_way(much)  # it has none any more, and takes none of who has less
+    made.put("c", gives_way=1, account=much)
+    assert made.making.give_way(made.account)
+    made.making.all()
+    assert made.export.spans == ["a"]
+    assert (little.lost, much.lost) == (0, 2)
+
+
+def test_traces_are_made_by_turns(made: Made) -> None:
+    other = Account()
+    for number in range(3):
+        made.put(f"flood {number}", gives_way=1)
+    made.put("step 0", gives_way=1, account=other)
+    made.put("step 1", gives_way=1, account=other)
+    made.making.all()
+    assert made.export.spans == ["flood 0", "step 0", "flood 1", "step 1", "flood 2"]
 
 
 def test_spans_that_can_not_be_made_cost_no_others(made: Made) -> None:
