@@ -192,10 +192,13 @@ def test_steps_that_ran_on_after_a_stop_string_are_surplus_and_in_no_phase(servi
 
 
 def test_a_client_that_hangs_up_leaves_a_request_that_was_aborted_with_what_it_used(serving: Serving) -> None:
-    caller = Caller()
-    chunks = serving.client.stream(words(30), caller.headers(), max_tokens=450, hang_up_after=5)
-    spans, request = request_in(serving.receiver, caller.trace_id)
-    assert chunks == 5
+    for _ in range(20):  # a quick server may be done with all its tokens before it hears of it
+        caller = Caller()
+        chunks = serving.client.stream(words(30), caller.headers(), max_tokens=450, hang_up_after=5)
+        spans, request = request_in(serving.receiver, caller.trace_id)
+        assert chunks == 5
+        if semconv.FINISH_REASONS in request.attributes:  # of one that is done vLLM says none
+            break
     assert request.parent_span_id == caller.span_id
     assert request.attributes[semconv.FINISH_REASONS] == ["abort"]
     assert_phases(spans, request)
