@@ -23,7 +23,7 @@ class Pace:
 
     A packet that comes while the relay waits for it makes the sender wake it: up to 30 us in the model's thread, more
     than sending. So while packets come the relay looks by itself, the more rarely the fewer they are. When little
-    comes it waits, and is woken: that costs less than looking for nothing a hundred times a second. A packet that comes
+    comes it waits, and is woken: that costs less than looking for nothing again and again. A packet that comes
     alone, as an idle worker's look at its clock does, is no reason to look for more.
 
     The longer it goes on, the more rarely it looks: what is read and made together is cheaper, because all but the
