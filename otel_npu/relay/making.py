@@ -65,12 +65,49 @@ class Unmade(Sequence["ReadableSpan"]):
         return self._made
 
 
-class _Traces:
-    """What waits of one client, and about how many spans that is."""
+class _Turns:
+    """What waits of each client, to be made by turns, the oldest of each first.
+
+    Attributes:
+        weight: How much that is, together.
+    """
 
     def __init__(self) -> None:
-        self.waiting: deque[Unmade] = deque()
-        self.spans = 0
+        self.weight = 0
+        self._waiting: dict[Account, deque[tuple[Sequence[ReadableSpan], int]]] = {}
+        """Whose turn it is is the first."""
+        self._weights: dict[Account, int] = {}
+
+    def __contains__(self, account: object) -> bool:
+        return account in self._waiting
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._waiting)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def put(self, spans: Sequence[ReadableSpan], account: Account, weight: int) -> None:
+        """Let these wait."""
+        self._waiting.setdefault(account, deque()).append((spans, weight))
+        self._weights[account] = self._weights.get(account, 0) + weight
+        self.weight += weight
+
+    def take(self, account: Account) -> tuple[Sequence[ReadableSpan], int]:
+        """The oldest of this client, and its weight; the next is another's turn."""
+        waiting = self._waiting.pop(account)
+        spans, weight = waiting.popleft()
+        self.weight -= weight
+        self._weights[account] -= weight
+        if waiting:
+            self._waiting[account] = waiting
+        else:
+            del self._weights[account]
+        return spans, weight
+
+    def largest(self) -> Account:
+        """The client of whom most waits."""
+        return max(self._weights, key=self._weights.__getitem__)
 
 
 class Making:
@@ -84,10 +121,8 @@ class Making:
     def __init__(self, load: Callable[[], ExportQueue], drops: Drops) -> None:
         self._load = load
         self._drops = drops
-        self._requests: deque[tuple[Sequence[ReadableSpan], Account]] = deque()
-        self._traces: dict[Account, _Traces] = {}
-        """Whose turn it is is the first."""
-        self._trace_spans = 0
+        self._requests = _Turns()
+        self._traces = _Turns()
         self._export: ExportQueue | None = None
         self._loading: threading.Thread | None = None
         self.told: Callable[[Sequence[ReadableSpan]], None] | None = None
@@ -119,20 +154,13 @@ class Making:
     def put(self, spans: Sequence[ReadableSpan], account: Account) -> None:
         """Take a client's spans. Those of one call leave together."""
         if isinstance(spans, Unmade) and spans.gives_way:
-            traces = self._traces.get(account)
-            if traces is None:
-                traces = self._traces[account] = _Traces()
-            traces.waiting.append(spans)
-            traces.spans += spans.gives_way
-            self._trace_spans += spans.gives_way
-            while self._trace_spans > MAX_TRACE_SPANS:
-                self._give_up(max(self._traces, key=lambda account: self._traces[account].spans))
+            self._traces.put(spans, account, spans.gives_way)
+            while self._traces.weight > MAX_TRACE_SPANS:
+                self._give_up(self._traces, self._traces.largest())
         elif isinstance(spans, Unmade) or spans:
-            self._requests.append((spans, account))
-            if len(self._requests) > MAX_REQUESTS:
-                _, loser = self._requests.popleft()
-                self._drops.add(semconv.RELAY_BUSY)
-                loser.lose()
+            self._requests.put(spans, account, 1)
+            if self._requests.weight > MAX_REQUESTS:
+                self._give_up(self._requests, self._requests.largest())
 
     def give_way(self, asks: Account) -> bool:
         """Give up a trace that waits, so that there is room for what this client has sent; whether one did.
@@ -141,29 +169,19 @@ class Making:
         much takes nothing from those who send little.
         """
         if asks in self._traces:
-            self._give_up(asks)
+            self._give_up(self._traces, asks)
             return True
         largest = max(self._traces, key=lambda account: account.held_bytes, default=asks)
         if largest.held_bytes <= asks.held_bytes:
             return False
-        self._give_up(largest)
+        self._give_up(self._traces, largest)
         return True
 
-    def _give_up(self, account: Account) -> None:
-        """Leave out the oldest trace of this client."""
-        spans = self._take_trace(account)
+    def _give_up(self, turns: _Turns, account: Account) -> None:
+        """Leave out the oldest of this client."""
+        _, weight = turns.take(account)
         self._drops.add(semconv.RELAY_BUSY)
-        account.lose(spans.gives_way)
-
-    def _take_trace(self, account: Account) -> Unmade:
-        """The oldest trace of this client; the next is another's turn."""
-        traces = self._traces.pop(account)
-        spans = traces.waiting.popleft()
-        traces.spans -= spans.gives_way
-        self._trace_spans -= spans.gives_way
-        if traces.waiting:
-            self._traces[account] = traces
-        return spans
+        account.lose(weight)
 
     def some(self, seconds: float) -> None:
         """Make what waits, for so much processor time; something of it in any case.
@@ -191,12 +209,9 @@ class Making:
 
     def _next(self, export: ExportQueue) -> None:
         of_request = bool(self._requests)
-        spans: Sequence[ReadableSpan]
-        if of_request:
-            spans, account = self._requests.popleft()
-        else:
-            account = next(iter(self._traces))
-            spans = self._take_trace(account)
+        turns = self._requests if of_request else self._traces
+        account = next(iter(turns))
+        spans, _ = turns.take(account)
         try:
             export.put(list(spans), account)
             if of_request and self.told is not None:

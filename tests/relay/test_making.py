@@ -147,6 +147,19 @@ def test_traces_are_made_by_turns(made: Made) -> None:
     assert made.export.spans == ["flood 0", "step 0", "flood 1", "step 1", "flood 2"]
 
 
+def test_where_too_many_requests_wait_who_has_most_loses_the_oldest(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making_module, "MAX_REQUESTS", 3)
+    other = Account()
+    made.put("request", account=other)
+    for number in range(5):
+        made.put(f"flood {number}")
+    made.making.all()
+    assert made.export.spans == ["request", "flood 3", "flood 4"]
+    assert (other.lost, made.account.lost) == (0, 3)
+
+
 def test_spans_that_can_not_be_made_cost_no_others(made: Made) -> None:
     def fail() -> Any:
         raise ZeroDivisionError
