@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from otel_npu import drops, semconv
-from otel_npu.drops import Drops
+from otel_npu import semconv
+from otel_npu.drops import Drops, add_up
 from otel_npu.relay.keeping import Keeping
 from otel_npu.relay.making import Unmade
 from otel_npu.relay.placing import Ran, Timeline
@@ -66,6 +66,7 @@ class Assembler:
         limits: Says how many attributes and links a span has at most; asked with the first span.
         slow: Says which of its steps are slow, where no engine does; without it none is.
         counted: Told of all for the metrics, where there are any.
+        drops: What the relay itself left out: the next step span says it, whosever it is.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Assembler:
         limits: Callable[[], SpanLimits],
         slow: SlowSteps | None = None,
         counted: Counting | None = None,
+        drops: Drops | None = None,
     ) -> None:
         self.hello = hello
         self.counted = counted
+        self._drops = Drops() if drops is None else drops
         self._limits = limits
         self._has_device = hello.device_kind not in ("", "cpu")
         self._wall = wall
@@ -99,16 +102,25 @@ class Assembler:
     def replaces(self, other: Assembler | None) -> None:
         """Take over what another has still to report."""
         if other is not None:
-            self.count_drops(other.take_drops())
+            other.part()
 
     def count_drops(self, counts: dict[str, int]) -> None:
-        """Drops to report with the process's next step span."""
-        drops.add_up(self._dropped, counts)
+        """Drops of the process, to report with its next step span."""
+        add_up(self._dropped, counts)
 
     def take_drops(self) -> dict[str, int]:
-        """The drops that the step span which is made now reports."""
+        """The drops that the step span which is made now reports: the process's, and the relay's own.
+
+        Taken no earlier: of most steps no span is made, and their process may be gone before one is.
+        """
         dropped, self._dropped = self._dropped, {}
+        add_up(dropped, self._drops.take_unsent())
         return dropped
+
+    def part(self) -> None:
+        """The process has gone: what it has left out, and no step span has said, another process's will."""
+        dropped, self._dropped = self._dropped, {}
+        self._drops.put_back(dropped)
 
     def step(self, step: Step, join: Callable[[Ran], Sequence[ReadableSpan]] | None = None) -> Sequence[ReadableSpan]:
         """The spans of a step, and of those inside it that are kept with it: none if it is not kept as a trace.

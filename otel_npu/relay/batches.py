@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from otel_npu import semconv
+from otel_npu.drops import add_up
 from otel_npu.relay.encoding import Request
 
 if TYPE_CHECKING:
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 
 _FAST: Final = 1  # what the next levels save is not worth their time
 _LITTLE: Final = 3  # what zlib makes so many times smaller is small
+
+
+_CARRIERS: Final = (semconv.WORKER_STEP, semconv.ENGINE_STEP)
+
+
+def drop_counts(span: ReadableSpan) -> dict[str, int]:
+    """The drop counts that a span carries, by reason: if it is lost, another has to."""
+    prefix = semconv.DROPPED_PREFIX
+    if not span.name.startswith(_CARRIERS):  # a rank's number may follow
+        return {}
+    attributes = span.attributes or {}
+    return {
+        key[len(prefix) :]: value
+        for key, value in attributes.items()
+        if key.startswith(prefix) and isinstance(value, int)
+    }
 
 
 class Batch:
@@ -37,7 +54,7 @@ class Batch:
         self.lost: dict[str, int] = {}
         """By reason: of the exporter that lost most."""
         self.drop_counts: dict[str, int] = {}
-        """The drop counts that its spans carry: if they are lost, another span has to."""
+        """Those that its spans carry."""
         self.accounts: dict[Account, int] = {}
         self.spans: list[ReadableSpan] = []
         self.request = Request()
@@ -55,8 +72,7 @@ class Batch:
         """
         for span, content in zip(spans, encoded, strict=True):
             self.request.add(span, content)
-            if span.name.startswith(_CARRIERS):  # a rank's number may follow
-                self._note_drop_counts(span)
+            add_up(self.drop_counts, drop_counts(span))
         if keep:
             self.spans += spans
         self.count += len(spans)
@@ -71,16 +87,6 @@ class Batch:
         self._unsettled -= 1
         if not self._unsettled:
             self._settled(self)
-
-    def _note_drop_counts(self, span: ReadableSpan) -> None:
-        prefix = semconv.DROPPED_PREFIX
-        for key, value in (span.attributes or {}).items():
-            if key.startswith(prefix) and isinstance(value, int):
-                reason = key[len(prefix) :]
-                self.drop_counts[reason] = self.drop_counts.get(reason, 0) + value
-
-
-_CARRIERS: Final = (semconv.WORKER_STEP, semconv.ENGINE_STEP)
 
 
 class Delivery:

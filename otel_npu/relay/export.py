@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from otel_npu import semconv
-from otel_npu.relay.batches import Batch
+from otel_npu.relay.batches import Batch, drop_counts
 from otel_npu.relay.destination import Bounds, Destination
 from otel_npu.relay.encoding import encode_span
 from otel_npu.relay.otlp import OtlpExporter
@@ -158,6 +158,7 @@ class ExportQueue:
                 encoded.append(encode_span(span))
             except Exception as error:
                 self._drops.add(semconv.NOT_ENCODABLE)
+                self._drops.put_back(drop_counts(span))
                 account.lose()
                 _log.debug("a span %r can't be encoded: %s", span.name, error)
             else:

@@ -14,6 +14,7 @@ from otel_npu.relay.engine import Engine
 from otel_npu.relay.engine_step import EngineStep
 from otel_npu.relay.making import Unmade
 from otel_npu.relay.requests import OpenRequest
+from otel_npu.relay.strangers import Strangers
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ STRANGER_SECONDS: Final = 2.0
 HELD_STAGES: Final = 65_536
 """So many stages such steps have at most."""
 MAX_REQUESTS: Final = 16_384
+"""So many are under way at most. Of the engine that has most the newest is given up: it waits, while the others run."""
 
 
 class Joiner:
@@ -70,9 +72,8 @@ class Joiner:
         """By key, the oldest first."""
         self._ending: dict[bytes, OpenRequest] = {}
         """Those of them of which an end is known."""
-        self._strange_steps: dict[bytes, EngineStep] = {}
-        """Those steps that no engine has told of, the oldest first."""
-        self._strange_stages = 0
+        self._strangers = Strangers()
+        """Those steps that no engine has told of."""
         self._strange_ends: dict[bytes, tuple[float, frames.RequestEnd]] = {}
 
     @property
@@ -132,7 +133,7 @@ class Joiner:
         if step.scheduled is not None:
             self._look(span_id, step)
         else:
-            self._hold(span_id, step, ran)
+            self._hold(client, span_id, len(ran.step.stages))
         return client.assembler.kept(ran, reason, size) if reason and ran.step.trace_id else []
 
     def keep(self, span_id: bytes, reason: str) -> None:
@@ -207,7 +208,7 @@ class Joiner:
         step = self._step(frame.span_id)
         if step.scheduled is not None:
             return
-        self._let_go(frame.span_id)
+        self._strangers.remove(frame.span_id)
         step.client, step.scheduled = engine.client, frame
         engine.steps[frame.span_id] = step
         for number, tokens, prefill in zip(frame.requests, frame.tokens, frame.prefills, strict=True):
@@ -283,19 +284,13 @@ class Joiner:
                 self._put(client.assembler.kept(ran, reason, step.size), client.account)
         step.unkept = []
 
-    def _hold(self, span_id: bytes, step: EngineStep, ran: Ran) -> None:
+    def _hold(self, client: Client, span_id: bytes, stages: int) -> None:
         """No engine has told of it yet, and perhaps none will: a relay on another host hears of the slow ones alone."""
-        self._strange_steps[span_id] = step
-        self._strange_stages += len(ran.step.stages)
-        while self._strange_stages > HELD_STAGES:
+        self._strangers.add(span_id, client, stages)
+        while self._strangers.stages > HELD_STAGES:
             self._drops.add(semconv.TOO_MANY_HELD)
-            oldest = next(iter(self._strange_steps))
-            self._done(oldest, self._steps[oldest])
-
-    def _let_go(self, span_id: bytes) -> None:
-        step = self._strange_steps.pop(span_id, None)
-        if step is not None:
-            self._strange_stages -= sum(len(ran.step.stages) for ran in step.ranks.values())
+            given_up = self._strangers.first_to_go()
+            self._done(given_up, self._steps[given_up])
 
     def _look(self, span_id: bytes, step: EngineStep) -> None:
         """Something new is known of a scheduled step."""
@@ -326,7 +321,7 @@ class Joiner:
     def _done(self, span_id: bytes, step: EngineStep) -> None:
         """Forget a step and, if it is a trace, make its span."""
         del self._steps[span_id]
-        self._let_go(span_id)
+        self._strangers.remove(span_id)
         client, scheduled = step.client, step.scheduled
         if client is None or scheduled is None:
             return
@@ -335,7 +330,6 @@ class Joiner:
             self._settle(step)
         self._count_straggler(client, step)
         if step.reason and scheduled.trace_id:
-            client.assembler.count_drops(self._drops.take_unsent())
             self._put(Unmade(lambda: self._span(step), gives_way=1), client.account)
         else:
             step.release()
@@ -389,10 +383,13 @@ class Joiner:
         for known in (self._requests.get(frame.key), engine.requests.get(frame.number)):
             if known is not None and not known.forgotten:
                 self._give_up(known, semconv.REQUEST_UNFINISHED)
-        if len(self._requests) >= MAX_REQUESTS:  # this one: it will wait, while the others run
-            self._drops.add(semconv.TOO_MANY_REQUESTS)
-            engine.client.account.lose()
-            return
+        if len(self._requests) >= MAX_REQUESTS:
+            most = max(self._engines.values(), key=lambda each: len(each.requests))
+            if len(most.requests) <= len(engine.requests):  # this one: it will wait, while the others run
+                self._drops.add(semconv.TOO_MANY_REQUESTS)
+                engine.client.account.lose()
+                return
+            self._give_up(next(reversed(most.requests.values())), semconv.TOO_MANY_REQUESTS)
         request = OpenRequest(engine.client, frame)
         self._requests[frame.key] = engine.requests[frame.number] = request
         _, end = self._strange_ends.pop(frame.key, (0.0, None))

@@ -324,7 +324,6 @@ class Server:
             self._unfinished(client, frame)
         elif isinstance(frame, frames.Step):
             add_up(self._dropped, frame.dropped)
-            client.assembler.count_drops(self._drops.take_unsent())
             spans = client.assembler.step(frame, functools.partial(self._joiner.ran, client))
             self._making.put(spans, client.account)
         elif isinstance(frame, (frames.Look, frames.Switch, frames.Switched)):
@@ -339,7 +338,7 @@ class Server:
             raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
         counted = None if self._metrics is None else self._metrics.process(frame)
         slow = SlowSteps(frame.slow_step, self._drops)
-        assembler = Assembler(frame, self._wall, self._limits, slow, counted)
+        assembler = Assembler(frame, self._wall, self._limits, slow, counted, self._drops)
         assembler.replaces(client.greeted)
         client.greeted = assembler
         self._switching.greeted(client, on=frame.on)
@@ -429,6 +428,8 @@ class Server:
             self._making.told = self._viewers.made if self._viewers.followers else None
             return
         self._guarded(lambda: self._joiner.part(client))
+        if client.greeted is not None:
+            client.greeted.part()
         self._owed = [account for account in self._owed if account.handled < account.accepted] + [client.account]
 
     def _log_drops(self) -> None:

@@ -90,7 +90,8 @@ class Joined:
 
     def client(self, **changes: Any) -> Client:
         client = Client()
-        client.greeted = Assembler(hello(**{"device_kind": "cpu", **changes}), self.wall, span_limits)
+        greeting = hello(**{"device_kind": "cpu", **changes})
+        client.greeted = Assembler(greeting, self.wall, span_limits, drops=self.drops)
         return client
 
     @property

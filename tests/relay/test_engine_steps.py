@@ -351,9 +351,30 @@ def test_there_steps_are_held_in_bounded_memory_and_the_others_counted(
     joined.schedule(13)  # what its engine tells of is not held for this
     joined.run(15, kept=False)
     assert len(joined.joiner._steps) == 11
-    assert joined.drops.take_unsent() == {"too_many_held": 4}
+    assert joined.drops.totals() == {"too_many_held": 4}
     joined.joiner.take(joined.client(), frames.Keep("slow", [id_of(number) for number in range(1, 16)]))
     assert len(joined.named("worker_step")) == 11
+
+
+def test_there_a_worker_that_sends_steps_without_end_costs_others_none_of_theirs(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joiner, "HELD_STAGES", 30)  # of 3 a step
+    joined.run(1, kept=False)
+    for number in range(100, 150):
+        joined.run(number, rank=1, kept=False)
+    joined.run(2, kept=False)
+    assert joined.drops.totals() == {"too_many_held": 42}
+    joined.joiner.take(joined.client(), frames.Keep("slow", [id_of(1), id_of(2)]))
+    assert [attributes(span)["npu.step.number"] for span in joined.named("worker_step")] == [1, 2]
+
+
+def test_there_a_rank_that_tells_of_a_step_twice_is_forgotten_whole(joined: Joined) -> None:
+    joined.run(1, kept=False)
+    joined.run(1, kept=False)
+    joined.pass_seconds(3)
+    assert joined.joiner._strangers.stages == 0
+    assert joined.is_empty()
 
 
 def test_a_rank_with_an_error_keeps_the_step_on_every_rank(joined: Joined) -> None:

@@ -265,6 +265,14 @@ def test_one_span_that_can_not_be_encoded_costs_itself_and_is_counted(sender: Se
     assert bench.flush()
 
 
+def test_the_counts_on_a_step_span_that_can_not_be_encoded_go_with_a_later_one(sender: Sender) -> None:
+    bench = Bench(sender)
+    [bad] = spans("worker_step", **{"npu.dropped.queue_full": 5})
+    bad._end_time = 1 << 64
+    bench.put(bad)
+    assert bench.drops.take_unsent() == {"not_encodable": 1, "queue_full": 5}
+
+
 # Losses
 
 

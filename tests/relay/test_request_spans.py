@@ -18,6 +18,7 @@ from otel_npu import semconv
 from otel_npu.relay import joiner
 from otel_npu.relay.engine_step import EngineStep, StepTimes
 from otel_npu.relay.requests import RECENT_STEPS, SHOWN_PREFILL_STEPS, OpenRequest, Phase
+from tests.helpers import built
 from tests.helpers.built import stage
 from tests.helpers.joined import (
     MS,
@@ -696,6 +697,23 @@ def test_of_too_many_requests_at_once_the_newest_are_left_out(joined: Joined, mo
     joined.end(1, 1)
     joined.end(11, 1)
     assert [parent_id(span) for span in joined.named("queue")] == [1]
+
+
+def test_an_engine_with_requests_without_end_costs_others_none_of_theirs(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joiner, "MAX_REQUESTS", 10)
+    flooding = joined.client(pid=66)
+    joined.open(1, 2)
+    for number in range(100, 150):
+        joined.joiner.take(flooding, built.request(number))
+    joined.open(3, 4, 5)
+    assert joined.drops.take_line() == "45 too_many_requests"
+    assert (joined.engine.account.lost, flooding.account.lost) == (0, 45)
+    joined.step(1, 1, 5, prefill=True, finished=[1, 5])
+    joined.end(1, 1)
+    joined.end(5, 1)
+    assert {parent_id(span) for span in joined.named("queue")} == {1, 5}
 
 
 def test_nothing_is_kept_of_10000_requests(joined: Joined) -> None:

@@ -201,6 +201,32 @@ def test_a_bad_frame_costs_itself_and_one_line(
     assert record.exc_info is None
 
 
+@pytest.mark.parametrize(
+    "silent",
+    [
+        step(1, trace_id=b"", span_id=b"", dropped={"pool_exhausted": 3}),
+        step(1, bare=True, dropped={"pool_exhausted": 3}),
+        scheduled(1, trace_id=b"", dropped={"pool_exhausted": 3}),
+    ],
+    ids=["a step that is not kept", "a step that is one stage", "an engine's step that is not kept"],
+)
+def test_what_a_process_that_leaves_no_step_span_would_have_said_another_says(
+    relay: Relay, silent: msgspec.Struct
+) -> None:
+    """It takes along neither its own counts nor those of the relay, which came before it was read."""
+    going, staying = relay.client(), relay.client()
+    relay.run()
+    for frame in (b"rubbish", hello(pid=going.pid), silent, b"rubbish"):
+        going.send(frame)
+    going.flush()
+    going.connection.close()
+    eventually(lambda: len(relay.server._clients) == 1, "it has gone")
+    staying.greet().send(step(2))
+    staying.flush()
+    assert relay.exporter.dropped(semconv.BAD_FRAME) == 2
+    assert relay.exporter.dropped(semconv.POOL_EXHAUSTED) == 3
+
+
 def test_the_line_says_what_is_wrong(relay: Relay, client: Client, caplog: pytest.LogCaptureFixture) -> None:
     client.greet()
     for bad in (
