@@ -18,7 +18,7 @@ from otel_npu.relay.strangers import Strangers
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
 
@@ -75,6 +75,11 @@ class Joiner:
         self._strangers = Strangers()
         """Those steps that no engine has told of."""
         self._strange_ends: dict[bytes, tuple[float, frames.RequestEnd]] = {}
+
+    @property
+    def engines(self) -> Container[Client]:
+        """The processes that have told of an engine's requests or steps."""
+        return self._engines
 
     @property
     def waiting(self) -> bool:

@@ -158,6 +158,7 @@ class Timeline:
     def place(self, step: Step, reaches: Mapping[int, Reach]) -> list[Place]:
         """Place each outermost stage by its middle; the stages inside keep their exact distances from it."""
         stages = step.stages
+        nest(stages)
         roots, groups = _groups(step)
         lines = {device: self._line(device, reach) for device, reach in reaches.items()}
         shifts: dict[int, tuple[int, int | None]] = {}
@@ -205,6 +206,25 @@ class Timeline:
             clock.lower(ping.device_ns, ping.before_ns)
             clock.upper(ping.device_ns, ping.seen_ns)
         return clock
+
+
+def nest(stages: list[Stage]) -> None:
+    """Say of each stage which is the innermost around it: it was entered before and exited after."""
+    around: list[int] = []  # the stages, by index, that the next one may lie in
+    last_exit_ns = 0
+    for index, stage in enumerate(stages):
+        entered_ns, exited_ns = stage.entered_ns, stage.exited_ns
+        stage.parent = -1
+        if entered_ns >= last_exit_ns:  # as most do, it follows all that were before it
+            around.clear()
+        while around and stages[around[-1]].exited_ns <= entered_ns:
+            around.pop()
+        for outer in reversed(around):  # tasks of one thread may overlap without one being in the other
+            if stages[outer].exited_ns >= exited_ns:
+                stage.parent = outer
+                break
+        around.append(index)
+        last_exit_ns = max(last_exit_ns, exited_ns)
 
 
 def _groups(step: Step) -> tuple[list[int], dict[int, _Group]]:

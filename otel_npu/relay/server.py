@@ -262,12 +262,14 @@ class Server:
     def _read(self, clients: Iterable[Connected]) -> int:
         """Read each one's share; how many packets the one that had sent most had sent, or as many as there may be.
 
-        Those of whom least is held come first. While they have something, nobody is read of whom much is held: what is
-        held of a worker's steps is waited for from its engine, and what is not read waits in its process.
+        Engines come first: what is known when a worker tells of its part of a step need not be looked up again. Then
+        those of whom least is held. While others have something, nobody is read of whom much is held: what is held of a
+        worker's steps is waited for from its engine, and what is not read waits in its process.
         """
         most = 0
-        for client in sorted(clients, key=lambda client: client.held_bytes):
-            if most and client.held_bytes > CROWDED_BYTES:
+        engines = self._joiner.engines
+        for client in sorted(clients, key=lambda client: (_crowded(client), client not in engines, client.held_bytes)):
+            if most and _crowded(client):
                 return PACKETS_PER_TURN
             packets = taken = 0
             for packet in self._clients.packets(client):
@@ -436,6 +438,11 @@ class Server:
         line = self._drops.take_line()
         if line:
             _log.warning("left out in the last minute: %s", line)
+
+
+def _crowded(client: Connected) -> bool:
+    """Whether so much is held of it that others come before it."""
+    return client.held_bytes > CROWDED_BYTES
 
 
 def exporters_of(environment: Mapping[str, str]) -> Sequence[SpanExporter]:

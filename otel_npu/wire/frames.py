@@ -59,7 +59,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
 class Stage(msgspec.Struct, array_like=True):
     """One stage of a step. `parent` is the index of the stage around it in the step, or -1.
 
-    It is worked out by whoever decodes, from when the stages were entered and exited.
+    It is worked out by whoever places the step, from when the stages were entered and exited (`relay.placing.nest`).
     """
 
     name: str
@@ -352,25 +352,6 @@ def decode_frame(packet: bytes | memoryview | msgspec.Raw) -> Frame:
     return frame
 
 
-def _nest(stages: list[Stage]) -> None:
-    """Say of each stage which is the innermost around it: it was entered before and exited after."""
-    around: list[int] = []  # the stages, by index, that the next one may lie in
-    last_exit_ns = 0
-    for index, stage in enumerate(stages):
-        entered_ns, exited_ns = stage.entered_ns, stage.exited_ns
-        stage.parent = -1
-        if entered_ns >= last_exit_ns:  # as most do, it follows all that were before it
-            around.clear()
-        while around and stages[around[-1]].exited_ns <= entered_ns:
-            around.pop()
-        for outer in reversed(around):  # tasks of one thread may overlap without one being in the other
-            if stages[outer].exited_ns >= exited_ns:
-                stage.parent = outer
-                break
-        around.append(index)
-        last_exit_ns = max(last_exit_ns, exited_ns)
-
-
 def _check_step(step: Step) -> None:
     _check_id("trace id", step.trace_id, 16, may_be_absent=True)
     _check_id("span id", step.span_id, 8, may_be_absent=not step.trace_id or step.bare)
@@ -378,7 +359,6 @@ def _check_step(step: Step) -> None:
     for link in step.links:
         if len(link) != LINK_BYTES:
             raise ValueError(f"a link of {len(link)} bytes, not {LINK_BYTES}")
-    _nest(step.stages)
 
 
 def _check_ping(ping: Ping) -> None:

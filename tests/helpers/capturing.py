@@ -16,6 +16,7 @@ import otel_npu
 from otel_npu.capture import switch
 from otel_npu.capture.link import RelayLink
 from otel_npu.devices.simulated import SimulatedNpu
+from otel_npu.relay.placing import nest
 from otel_npu.settings import Settings
 from otel_npu.wire import frames
 
@@ -165,4 +166,6 @@ def _read(connection: socket.socket, sent: list[frames.Frame]) -> None:
                 if isinstance(frame, frames.Flush):
                     connection.send(frames.encode(frames.Flushed(frame.number, complete=True)))
                 else:
+                    if isinstance(frame, frames.Step):
+                        nest(frame.stages)
                     sent.append(frame)

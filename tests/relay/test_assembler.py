@@ -16,6 +16,7 @@ from otel_npu import semconv
 from otel_npu._version import __version__
 from otel_npu.capture import context
 from otel_npu.relay.assembler import Assembler
+from otel_npu.relay.placing import nest
 from otel_npu.relay.spans import span_limits
 from otel_npu.relay.wall import WallClock
 from otel_npu.wire import frames
@@ -171,6 +172,13 @@ def test_a_stage_that_hangs_ends_now_and_says_so() -> None:
     assert attributes(span)["npu.stage.name"] == "forward"
     assert attributes(span)["npu.step.number"] == 7
     assert parent_id(span) == int.from_bytes(b"s" * 8, "big")
+
+
+def test_a_stage_lies_in_the_innermost_that_was_entered_before_and_exited_after() -> None:
+    given = [(0, 100), (10, 50), (20, 30), (40, 60), (60, 90), (100, 110)]
+    stages = [stage(entered_ns=entered_ns, exited_ns=exited_ns, parent=77) for entered_ns, exited_ns in given]
+    nest(stages)
+    assert [one.parent for one in stages] == [-1, 0, 1, 0, 0, -1]
 
 
 def test_drops_are_said_once_by_the_next_step_span() -> None:

@@ -118,7 +118,7 @@ def test_what_is_kept_inside_keeps_what_is_around_it() -> None:
 
 def test_what_is_inside_is_held_in_bounded_memory() -> None:
     program = Program()
-    stages = [host_stage("forward", 0, 10)] * 100
+    stages = [host_stage("forward", 0, 10) for _ in range(100)]
     for number in range(1000):
         program.told(0, 10, span_id=id_of(number + 1), parent_span_id=id_of(9000), stages=stages)
     keeping = program.assembler._keeping

@@ -101,7 +101,7 @@ def test_short_stages_that_the_host_alone_timed_are_left_out_of_a_request_and_su
     begin = STEP_NS
     stages = [
         stage(name="forward", entered_ns=begin, exited_ns=begin + 1000, device_ns=begin, duration_ns=8 * MS),
-        stage(name="eplb", entered_ns=begin, exited_ns=begin + 1000, device_ns=begin, duration_ns=3000),
+        stage(name="eplb", entered_ns=begin + 1000, exited_ns=begin + 2000, device_ns=begin + 1000, duration_ns=3000),
         host_stage("bookkeep", begin + 8 * MS, MS // 10),
         host_stage("copy", begin + 8 * MS, MS // 20, parent=2),
         host_stage("model_runner_output", begin + 8 * MS + MS // 10, 8000),

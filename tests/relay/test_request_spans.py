@@ -520,8 +520,8 @@ def test_device_time_is_what_the_device_timed(joined: Joined) -> None:
         stage(name="forward", device_ns=5 * MS, duration_ns=6 * MS),
         stage(name="attention", parent=0, device_ns=5 * MS, duration_ns=2 * MS),
         host_stage("bookkeep", 12 * MS, 3 * MS),
-        stage(name="draft", parent=2, device_ns=12 * MS, duration_ns=MS),
-        stage(name="forward", device_ns=14 * MS, duration_ns=MS),
+        stage(name="draft", entered_ns=13 * MS, exited_ns=14 * MS, device_ns=13 * MS, duration_ns=MS),
+        stage(name="forward", entered_ns=15 * MS, exited_ns=16 * MS, device_ns=16 * MS, duration_ns=MS),
     ]
     joined.open(1)
     joined.schedule(1, {1: 1}, prefill=True)

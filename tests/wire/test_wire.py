@@ -76,16 +76,6 @@ def test_a_packet_that_is_cut_off_is_refused() -> None:
         frames.frames_in(packet[:-5])
 
 
-def test_a_stage_lies_in_the_innermost_that_was_entered_before_and_exited_after() -> None:
-    def lasting(entered_ns: int, exited_ns: int) -> frames.Stage:
-        return stage(entered_ns=entered_ns, exited_ns=exited_ns, parent=77)
-
-    spans = [(0, 100), (10, 50), (20, 30), (40, 60), (60, 90), (100, 110)]
-    told = frames.decode_frame(frames.encode(step(stages=[lasting(*span) for span in spans])))
-    assert isinstance(told, frames.Step)
-    assert [one.parent for one in told.stages] == [-1, 0, 1, 0, 0, -1]
-
-
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
