@@ -172,12 +172,8 @@ class Assembler:
         return spans
 
     def _made(self, ran: Ran, reason: str, of_engine: dict[str, Any] | None) -> list[ReadableSpan]:
-        from otel_npu.relay.spans import span_context
-
         step, unix_ns, why = ran.step, ran.unix_ns, {semconv.SAMPLED_REASON: reason}
-        trace_id = int.from_bytes(step.trace_id, "big")
-        around = span_context(trace_id, step.parent_span_id)
-        own = span_context(trace_id, step.span_id)
+        trace_id, own, around = step.trace_id, step.span_id, step.parent_span_id
         links = self.spans.links(step.links)
         if step.bare:
             # The first stage has the step's id: what a step inside it has as its parent.
@@ -188,8 +184,7 @@ class Assembler:
         spans.append(
             self.spans.span(
                 _step_name(step),
-                own,
-                around,
+                (trace_id, own, around),
                 {**why, **_step_attributes(ran, self.take_drops()), **(of_engine or {})},
                 (ran.start_ns + unix_ns, ran.end_ns + unix_ns),
                 own_attributes=step.attributes,
@@ -220,11 +215,8 @@ class Assembler:
 
     def unfinished(self, frame: Unfinished) -> ReadableSpan:
         """The span of a stage that hangs: it ends now, and says that it is not over. Its step is kept if it ends."""
-        from otel_npu.relay.spans import span_context
-
         if not frame.engine_span_id:
             self._keeping.expect(frame.span_id, semconv.HANG)
-        trace_id = int.from_bytes(frame.trace_id, "big")
         unix_ns = self._wall.offset_ns()
         seconds = semconv.seconds(frame.now_ns - frame.entered_ns)
         attributes: dict[str, Any] = {
@@ -237,8 +229,7 @@ class Assembler:
         }
         return self.spans.span(
             semconv.UNFINISHED_STAGE,
-            span_context(trace_id, os.urandom(8)),
-            span_context(trace_id, frame.parent_span_id),
+            (frame.trace_id, os.urandom(8), frame.parent_span_id),
             attributes,
             (frame.entered_ns + unix_ns, frame.now_ns + unix_ns),
             error="unfinished",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.trace import SpanKind
 
 from otel_npu.relay.links import Links
+from otel_npu.relay.own_span import OwnSpan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +29,7 @@ _KINDS: Final = {kind: bytes((0x30, kind.value + 1)) for kind in SpanKind}
 # Whether the other span is in another process: known to be, or known not to be.
 _PARENT_FLAGS: Final = {remote: b"\x85\x01" + struct.pack("<I", 0x300 if remote else 0x100) for remote in (False, True)}
 _LINK_FLAGS: Final = {remote: b"\x35" + struct.pack("<I", 0x300 if remote else 0x100) for remote in (False, True)}
+_NOT_REMOTE: Final = _PARENT_FLAGS[False]
 _RAW_LINK_END: Final = _LINK_FLAGS[True]
 
 
@@ -59,7 +61,14 @@ def encode_span(span: ReadableSpan) -> bytes:
     Raises:
         Exception: Something in it is not what OTLP takes: a time below 0 or above 2^64, say.
     """
-    context, parent, attributes = span.context, span.parent, span._attributes
+    attributes = span._attributes
+    if type(span) is OwnSpan:
+        rest = attributes.encode(span) if type(attributes) is SharedAttributes else _encode_all_but_ids(span)
+        ids, parent_id = (span.trace_id, span.span_id), span.parent_id
+        if parent_id:
+            return _field(0x12, b"\x0a\x10%b\x12\x08%b\x22\x08%b%b%b" % (*ids, parent_id, rest, _NOT_REMOTE))
+        return _field(0x12, b"\x0a\x10%b\x12\x08%b%b%b" % (*ids, rest, _NOT_REMOTE))
+    context, parent = span.context, span.parent
     assert context is not None
     parts = [b"\x0a\x10", context.trace_id.to_bytes(16, "big"), b"\x12\x08", context.span_id.to_bytes(8, "big")]
     if context.trace_state:
@@ -82,7 +91,7 @@ def _encode_all_but_ids(span: ReadableSpan) -> bytes:
         parts += [_field(0x5A, _event(event)) for event in events]
     if links:
         parts += _raw_links(links) if isinstance(links, Links) else [_field(0x6A, _link(link)) for link in links]
-    parts += (_counts(span, attributes, events, links), _status(span.status))
+    parts += (_counts(span, attributes, events, links), _status(span._status))
     return b"".join(parts)
 
 

@@ -164,8 +164,6 @@ class EngineStep:
         Args:
             unix_ns: Unix time minus the host's monotonic time.
         """
-        from otel_npu.relay.spans import span_context  # with the SDK, which is imported while frames are read
-
         assert self.client is not None
         assert self.scheduled is not None
         scheduled, assembler = self.scheduled, self.client.assembler
@@ -189,8 +187,7 @@ class EngineStep:
             attributes[semconv.DROPPED_PREFIX + reason] = count
         return assembler.spans.span(
             semconv.ENGINE_STEP,
-            span_context(int.from_bytes(scheduled.trace_id, "big"), scheduled.span_id),
-            None,
+            (scheduled.trace_id, scheduled.span_id, b""),
             attributes,
             (scheduled.opened_ns + unix_ns, max(ends_ns)),
             links=assembler.spans.links(dict.fromkeys(part.request.link for part in self.parts)),

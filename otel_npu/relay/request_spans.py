@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.sdk.trace import Event
 
 from otel_npu import semconv
-from otel_npu.relay.spans import span_context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.trace import SpanContext
 
     from otel_npu.relay.client import Client
     from otel_npu.relay.engine_step import StepTimes
@@ -52,7 +50,6 @@ def send_span(client: Client, frame: Request, start_ns: int, sent: Transfers, un
         sent: The frame that said that its blocks are free.
         unix_ns: Unix time minus the host's monotonic time.
     """
-    trace_id = int.from_bytes(frame.trace_id, "big")
     attributes = {
         semconv.REQUEST_ID: frame.request_id,
         semconv.TIMING: semconv.TIMING_HOST,
@@ -62,8 +59,7 @@ def send_span(client: Client, frame: Request, start_ns: int, sent: Transfers, un
         attributes[semconv.RESPONSE_ID] = frame.response_id
     return client.assembler.spans.span(
         semconv.KV_SEND,
-        span_context(trace_id, os.urandom(8)),
-        span_context(trace_id, frame.parent_span_id),
+        (frame.trace_id, os.urandom(8), frame.parent_span_id),
         attributes,
         (start_ns + unix_ns, sent.at_ns + unix_ns),
     )
@@ -74,7 +70,7 @@ class _RequestSpans:
         self._request = request
         self._unix_ns = unix_ns
         self._maker = request.client.assembler.spans
-        self._trace_id = int.from_bytes(request.frame.trace_id, "big")
+        self._trace_id = request.frame.trace_id
         self.spans: list[ReadableSpan] = []
         ran = [
             (name, phase)
@@ -83,7 +79,7 @@ class _RequestSpans:
         ]
         events = self._events([semconv.QUEUE, *(name for name, _ in ran)])
         queue = {semconv.TIMING: semconv.TIMING_HOST, **({} if ran else _ending(request))}
-        self._top(semconv.QUEUE, self._new_context(), self._queue_times(), queue, events[semconv.QUEUE])
+        self._top(semconv.QUEUE, os.urandom(8), self._queue_times(), queue, events[semconv.QUEUE])
         for load in request.loads:
             self._load(load)
         for name, phase in ran:
@@ -95,14 +91,14 @@ class _RequestSpans:
                 attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(
                     phase.attributed_ns + request.surplus.attributed_ns
                 )
-            context = self._new_context()
-            attributes.update(self._inside(name, phase, context))
-            self._top(name, context, self._unix(phase.start_ns, phase.end_ns), attributes, events[name])
+            own_id = os.urandom(8)
+            attributes.update(self._inside(name, phase, own_id))
+            self._top(name, own_id, self._unix(phase.start_ns, phase.end_ns), attributes, events[name])
 
     def _top(
         self,
         name: str,
-        context: SpanContext | None,
+        own_id: bytes,
         times_ns: tuple[int, int],
         attributes: dict[str, Any],
         events: Sequence[Event] = (),
@@ -113,8 +109,8 @@ class _RequestSpans:
         attributes[semconv.REQUEST_ID] = frame.request_id
         if frame.response_id:
             attributes[semconv.RESPONSE_ID] = frame.response_id
-        parent = span_context(self._trace_id, frame.parent_span_id)
-        self.spans.append(self._maker.span(name, context, parent, attributes, times_ns, events=events, error=error))
+        ids = self._trace_id, own_id, frame.parent_span_id
+        self.spans.append(self._maker.span(name, ids, attributes, times_ns, events=events, error=error))
 
     def _load(self, load: Load) -> None:
         """A wait for KV cache; one that was not over ended with the request, and says how that ended."""
@@ -131,31 +127,29 @@ class _RequestSpans:
             semconv.KV_CONNECTOR: load.connector,
         }
         times_ns = load.start_ns + self._unix_ns, ended_ns
-        self._top(semconv.KV_LOAD, self._new_context(), times_ns, attributes, error=error)
+        self._top(semconv.KV_LOAD, os.urandom(8), times_ns, attributes, error=error)
 
-    def _inside(self, name: str, phase: Phase, context: SpanContext | None) -> dict[str, Any]:
+    def _inside(self, name: str, phase: Phase, phase_id: bytes) -> dict[str, Any]:
         """What is in a phase: its only step's stages, or spans of its steps; what the phase has to say of them."""
         shown = phase.shown
         if phase.steps == 1:
-            return self._stages(shown[0].times, context).omitted
+            return self._stages(shown[0].times, phase_id).omitted
         done, device_ns, end_ns = 0, 0, phase.start_ns
         for step in shown:
             times = step.times
             self._others(
-                phase, step.number - 1 - done, step.device_before_ns - device_ns, (end_ns, times.start_ns), context
+                phase, step.number - 1 - done, step.device_before_ns - device_ns, (end_ns, times.start_ns), phase_id
             )
             done, device_ns, end_ns = step.number, step.device_before_ns + times.device_ns, times.end_ns
-            own = self._new_context()
-            attributes = self._stages(times, own).of_step(times, step.tokens)
-            span_times_ns = self._unix(times.start_ns, times.end_ns)
-            self.spans.append(self._maker.span(_STEP_NAMES[name], own, context, attributes, span_times_ns))
-        self._others(phase, phase.steps - done, phase.device_ns - device_ns, (end_ns, phase.end_ns), context)
+            own_id = os.urandom(8)
+            attributes = self._stages(times, own_id).of_step(times, step.tokens)
+            ids, span_times_ns = (self._trace_id, own_id, phase_id), self._unix(times.start_ns, times.end_ns)
+            self.spans.append(self._maker.span(_STEP_NAMES[name], ids, attributes, span_times_ns))
+        self._others(phase, phase.steps - done, phase.device_ns - device_ns, (end_ns, phase.end_ns), phase_id)
         others = phase.steps - len(shown)
         return {semconv.REQUEST_OTHER_STEPS: others} if others else {}
 
-    def _others(
-        self, phase: Phase, steps: int, device_ns: int, times_ns: tuple[int, int], parent: SpanContext | None
-    ) -> None:
+    def _others(self, phase: Phase, steps: int, device_ns: int, times_ns: tuple[int, int], parent_id: bytes) -> None:
         """One span in the place of steps that have none: the phase has no hole that looks as if data were missing."""
         if not steps:
             return
@@ -164,19 +158,16 @@ class _RequestSpans:
             semconv.REQUEST_DEVICE_TIME: semconv.seconds(device_ns),
             semconv.TIMING: phase.timing,
         }
-        context = self._new_context()
-        self.spans.append(self._maker.span(semconv.OTHER_STEPS, context, parent, attributes, self._unix(*times_ns)))
+        ids = self._trace_id, os.urandom(8), parent_id
+        self.spans.append(self._maker.span(semconv.OTHER_STEPS, ids, attributes, self._unix(*times_ns)))
 
-    def _stages(self, times: StepTimes, parent: SpanContext | None) -> _Known:
+    def _stages(self, times: StepTimes, parent_id: bytes) -> _Known:
         """The stages of a step but those that are noise; what there is to say of it."""
         known = times.known.get(self._maker)
         if known is None:
             known = times.known[self._maker] = _Known(self._maker, times)
-        self.spans += self._maker.stages(times.ran, self._trace_id, parent, self._unix_ns, known.of_stages)
+        self.spans += self._maker.stages(times.ran, self._trace_id, parent_id, self._unix_ns, known.of_stages)
         return known
-
-    def _new_context(self) -> SpanContext | None:
-        return span_context(self._trace_id, os.urandom(8))
 
     def _unix(self, start_ns: int, end_ns: int) -> tuple[int, int]:
         return start_ns + self._unix_ns, end_ns + self._unix_ns

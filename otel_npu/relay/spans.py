@@ -8,29 +8,25 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits
+from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.util import BoundedList
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from otel_npu import semconv
-from otel_npu._version import __version__
 from otel_npu.relay.encoding import SharedAttributes
 from otel_npu.relay.links import Links
+from otel_npu.relay.own_span import OwnSpan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import Event, ReadableSpan
 
     from otel_npu.relay.placing import Place, Ran
     from otel_npu.wire.frames import Attributes, Stage
 
 _log = logging.getLogger("otel_npu.relay")
 
-SCOPE: Final = InstrumentationScope(semconv.SCOPE, __version__, semconv.SCHEMA_URL)
-_SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
-_UNSET: Final = Status(StatusCode.UNSET)
 # A decode batch links to every request it serves; OpenTelemetry's default of 128 would lose the rest.
 _MAX_LINKS: Final = 4096
 _DEFAULT_LIMIT: Final = 128
@@ -53,13 +49,6 @@ def span_limits() -> SpanLimits:
         return SpanLimits(default, default, _MAX_LINKS, default, default, default, unset, unset)
 
 
-def span_context(trace_id: int, span_id: bytes) -> SpanContext | None:
-    """A span of this trace; None for a span id that is absent."""
-    if not span_id:
-        return None
-    return SpanContext(trace_id, int.from_bytes(span_id, "big"), is_remote=False, trace_flags=_SAMPLED)
-
-
 class SpanMaker:
     """Makes the spans of one traced process.
 
@@ -75,8 +64,7 @@ class SpanMaker:
     def span(
         self,
         name: str,
-        context: SpanContext | None,
-        parent: SpanContext | None,
+        ids: tuple[bytes, bytes, bytes],
         attributes: Any,
         times_ns: tuple[int, int],
         *,
@@ -90,8 +78,7 @@ class SpanMaker:
 
         Args:
             name: What it is called.
-            context: Its own ids.
-            parent: Its parent's; None for a root.
+            ids: Its trace's, its own, and its parent's: none for a root.
             attributes: What was measured, or what `shared` has made of it.
             times_ns: Start and end.
             own_attributes: What the program says of it; it never hides what was measured.
@@ -100,22 +87,16 @@ class SpanMaker:
             links: As `links` makes them.
             events: What happened at an instant in it.
         """
-        bounded = self._bounded(attributes, own_attributes, error)
-        return ReadableSpan(
-            name,
-            context,
-            parent,
-            self._resource,
-            bounded,
-            BoundedList.from_seq(self._limits.max_events, events) if events else (),
-            links,
-            SpanKind.INTERNAL,
-            None,
-            Status(StatusCode.ERROR, message or error) if error is not None else _UNSET,
-            times_ns[0],
-            max(times_ns),
-            SCOPE,
-        )
+        if type(attributes) is not SharedAttributes:
+            attributes = self._bounded(attributes, own_attributes, error)
+        span = OwnSpan(name, ids, self._resource, attributes, times_ns[0], max(times_ns))
+        if links:
+            span._links = links
+        if events:
+            span._events = BoundedList.from_seq(self._limits.max_events, events)
+        if error is not None:
+            span.failed(error, message)
+        return span
 
     def shared(
         self, attributes: dict[str, Any], own_attributes: Attributes | None = None, error: str | None = None
@@ -169,12 +150,12 @@ class SpanMaker:
     def stages(
         self,
         ran: Ran,
-        trace_id: int,
-        parent: SpanContext | None,
+        trace_id: bytes,
+        parent_id: bytes,
         unix_ns: int,
         attributes: Sequence[Any],
         *,
-        first: SpanContext | None = None,
+        first: bytes = b"",
         links: Any = (),
     ) -> list[ReadableSpan]:
         """A span for each stage of a step, nested as the stages were.
@@ -182,28 +163,28 @@ class SpanMaker:
         Args:
             ran: The step, and where its stages lie.
             trace_id: The trace of the spans.
-            parent: The span around the outermost, if there is one.
+            parent_id: The span around the outermost, if there is one.
             unix_ns: Unix time minus the host's monotonic time.
             attributes: Of each stage, as `stage_attributes` makes them.
-            first: The ids of the first stage's span, if they are given. Without a parent it is the root of the trace,
-                and stages that merely overlap with it are its children all the same.
+            first: The id of the first stage's span, if it is given. Without a parent it is the root of the trace, and
+                stages that merely overlap with it are its children all the same.
             links: Links of the outermost.
         """
         stages, on_host = ran.step.stages, semconv.HOST_TIMED if ran.has_device else ""
         random = os.urandom(8 * len(stages))
-        contexts = [span_context(trace_id, random[8 * index : 8 * index + 8]) for index in range(len(stages))]
-        if first is not None and contexts:
-            contexts[0] = first
+        own_ids = [random[at : at + 8] for at in range(0, len(random), 8)]
+        if first and own_ids:
+            own_ids[0] = first
         spans = []
-        for index, (stage, place) in enumerate(zip(stages, ran.placed, strict=True)):
-            if attributes[index] is None:
+        for own_id, stage, place, said in zip(own_ids, stages, ran.placed, attributes, strict=True):
+            if said is None:
                 continue
+            around = own_ids[stage.parent] if stage.parent >= 0 else parent_id or (first if own_id != first else b"")
             spans.append(
                 self.span(
                     stage.name if stage.device_ns is not None else stage.name + on_host,
-                    contexts[index],
-                    contexts[stage.parent] if stage.parent >= 0 else parent or (first if index else None),
-                    attributes[index],
+                    (trace_id, own_id, around),
+                    said,
                     (place.start_ns + unix_ns, place.end_ns + unix_ns),
                     error=stage.error,
                     links=links if stage.parent < 0 else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -16,8 +17,10 @@ from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
+from otel_npu import semconv
 from otel_npu.relay.encoding import SharedAttributes, encode_request, encode_span
 from otel_npu.relay.links import Links
+from otel_npu.relay.own_span import OwnSpan
 
 SCOPE = InstrumentationScope("otel_npu", "1.2.3", "https://example.org/schema", {"built": True})
 RESOURCE = Resource({"service.name": "vllm", "process.pid": 4711}, "https://example.org/resource")
@@ -89,6 +92,40 @@ def pairs(**changes: Any) -> Any:
 @given(st.lists(SPANS, min_size=1, max_size=3))
 def test_any_spans_are_what_the_sdk_makes_of_them(spans: list[ReadableSpan]) -> None:
     assert encoded(*spans) == by_the_sdk(*spans)
+
+
+IDS = st.binary(min_size=8, max_size=8).filter(any)
+
+
+@st.composite
+def own_spans(draw: st.DrawFn) -> OwnSpan:
+    """A span as the relay makes it."""
+    ids = draw(IDS) + draw(IDS), draw(IDS), draw(st.just(b"") | IDS)
+    own = OwnSpan(draw(TEXTS), ids, RESOURCE, draw(ATTRIBUTES), draw(TIMES), draw(TIMES))
+    own._links = [Link(context) for context in draw(st.lists(CONTEXTS, max_size=2))]
+    if draw(st.booleans()):
+        own.failed("ValueError", draw(TEXTS))
+    return own
+
+
+@settings(max_examples=30)
+@given(st.lists(own_spans(), min_size=1, max_size=3))
+def test_our_own_are_what_the_sdk_makes_of_them_too(spans: list[OwnSpan]) -> None:
+    ours, sdks = encoded(*spans), encode_spans(spans)
+    for resource_spans in sdks.resource_spans:
+        for scope_spans in resource_spans.scope_spans:
+            scope_spans.schema_url = semconv.SCHEMA_URL
+    assert ours == sdks
+
+
+def test_our_own_is_one_of_the_sdks_for_whoever_takes_those() -> None:
+    own = OwnSpan("forward", (b"t" * 16, b"s" * 8, b"p" * 8), RESOURCE, {"npu.rank": 1}, 1, 2)
+    shown = json.loads(own.to_json())
+    assert shown["context"]["trace_id"] == "0x" + (b"t" * 16).hex()
+    assert shown["context"]["span_id"] == "0x" + (b"s" * 8).hex()
+    assert shown["parent_id"] == "0x" + (b"p" * 8).hex()
+    assert shown["status"] == {"status_code": "UNSET"}
+    assert OwnSpan("root", (b"t" * 16, b"s" * 8, b""), RESOURCE, {}, 1, 2).parent is None
 
 
 SHARED = SharedAttributes({"npu.rank": 1, "npu.host.duration": 0.25})

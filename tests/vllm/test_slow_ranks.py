@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import types
 from typing import TYPE_CHECKING, Any
@@ -123,18 +122,20 @@ def steps_and_uncertainties(receiver: Receiver) -> list[tuple[Span, float]]:
     return found
 
 
-def test_the_rank_that_starts_5_ms_late_is_named_with_5_ms(ascend: Simulator, torch_npu: Any, sent: Receiver) -> None:
+def test_the_rank_that_starts_5_ms_late_is_named_with_as_much(
+    ascend: Simulator, torch_npu: Any, sent: Receiver
+) -> None:
     late_ns = run_two_ranks(ascend, torch_npu, 5 * MILLISECOND)
-    skews = []
+    named = 0
     for (step, uncertainty), true_ns in zip(steps_and_uncertainties(sent), late_ns, strict=True):
         if semconv.STEP_SKEW not in step.attributes:
             assert true_ns * 1e-9 <= 2 * uncertainty  # a very busy machine: its looks at the clocks took too long
             continue
         assert step.attributes[semconv.STEP_STRAGGLER] == 1
+        # About 5 ms: on a busy machine the rank that is to be late may wait for less, or for more.
         assert step.attributes[semconv.STEP_SKEW] == pytest.approx(true_ns * 1e-9, abs=uncertainty + 3e-6)
-        skews.append(step.attributes[semconv.STEP_SKEW])
-    assert len(skews) > STEPS / 2
-    assert statistics.median(skews) == pytest.approx(5e-3, abs=0.5e-3)
+        named += 1
+    assert named > STEPS / 2
 
 
 def test_of_ranks_that_start_together_nobody_is_named(ascend: Simulator, torch_npu: Any, sent: Receiver) -> None:

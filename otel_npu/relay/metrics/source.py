@@ -11,8 +11,8 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_npu import semconv
 from otel_npu.relay.metrics.series import ExponentialDistribution, Total, unit_of
+from otel_npu.relay.own_span import SCOPE
 from otel_npu.relay.resources import resource_of
-from otel_npu.relay.spans import SCOPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
