@@ -28,6 +28,7 @@ _log = logging.getLogger("otel_npu.relay")
 
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _DESCRIPTORS: Final = 4096
+_OBJECTS_BETWEEN_COLLECTIONS: Final = 10_000
 
 
 class Life:
@@ -91,12 +92,17 @@ def serve(listeners: Sequence[socket.socket], path: Path | None, life: Life, *, 
     _take_descriptors()
     # Ctrl-C in the terminal is for the model; the relay ends after it, when it has sent everything.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What it has loaded stays: to look for cycles in all of the SDK takes 50 ms, again and again.
-    server = Server.from_environment(listeners, stay=stay, loaded=gc.freeze)
+    server = Server.from_environment(listeners, stay=stay, loaded=_settle_down)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     life.say(SERVING)
     server.run(leave=functools.partial(_leave, path), exporting=life.let_go_of_output)
+
+
+def _settle_down() -> None:
+    """Look for cycles where there may be some: not in all of the SDK, which stays, nor each time a few frames have come."""
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
 
 def _take_descriptors() -> None:
