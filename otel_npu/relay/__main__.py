@@ -100,7 +100,7 @@ def serve(listeners: Sequence[socket.socket], path: Path | None, life: Life, *, 
 
 
 def _settle_down() -> None:
-    """Look for cycles where there may be some: not in all of the SDK, which stays, nor each time a few frames have come."""
+    """Look for cycles where there may be some: not in the SDK, which stays, nor whenever a few frames have come."""
     gc.freeze()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
