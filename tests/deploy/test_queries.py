@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from otel_npu import semconv
 from otel_npu.vllm import front_end, stages
 from tests.helpers import REPOSITORY, traceql
+from tests.helpers.command_line import otel_npu_command
+from tests.helpers.queries import TEXT, blocks, found
+from tests.helpers.vllm_spans import Spans
 
-TEXT: Final = (REPOSITORY / "deploy/queries.md").read_text()
+if TYPE_CHECKING:
+    from tests.helpers.receiver import Receiver
+
 SPANS: Final = {
     *(term.name for term in semconv.SPANS if not term.name.startswith("<")),
     *(entry.name for entry in stages.STAGES.values() if entry.timing is not stages.IGNORED),
@@ -23,10 +28,6 @@ RESOURCE: Final = {
     *(semconv.DEVICE_TYPE, semconv.DEVICE_NAME),
 }
 JAEGER_FIELDS: Final = {"Service", "Operation", "Tags", "Min Duration", "Max Duration"}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def defined(attribute: str, *, resource: bool = False) -> bool:
@@ -66,6 +67,19 @@ def test_a_jaeger_search_names_only_spans_and_attributes_of_ours(search: str) ->
         assert value
     for duration in ("Min Duration", "Max Duration"):
         assert re.fullmatch(r"\d+(\.\d+)?(us|ms|s|m|h)", fields.get(duration, "1s"))
+
+
+@pytest.mark.slow
+def test_of_the_demos_requests_each_query_finds_what_it_says(receiver: Receiver) -> None:
+    """But for those about several ranks, which it has not, and about what hangs or gets lost, which nothing does."""
+    done = otel_npu_command("demo", environment=receiver.grpc_environment)
+    assert done.returncode == 0, done.stderr
+    spans = Spans(receiver.spans)
+    silent = [query for query in blocks("traceql") if not found(query, spans)]
+    assert len(silent) == 5
+    assert all(re.search(r"worker_step rank|unfinished_stage|npu\.dropped", query) for query in silent)
+    [abort] = [query for query in blocks("traceql") if "abort" in query]
+    assert [span.attributes[semconv.REQUEST_FINISH_REASON] for span in found(abort, spans)] == ["abort"]
 
 
 def test_no_search_looks_back_further_than_the_tempo_of_the_compose_stack_lets_it() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from otel_npu import semconv
 from otel_npu.wire import frames
+from tests.helpers.queries import blocks, found
 from tests.helpers.receiver import Receiver
 from tests.helpers.tiny_model import token_id, words
 from tests.helpers.traced import eventually
@@ -108,7 +109,11 @@ def test_all_ranks_of_a_step_are_in_one_trace_and_what_was_sent_survives_sigkill
         callers = ask_mixed(client, 100)
         traces = {caller.trace_id for caller in callers}
         requests_of(receiver, lambda span: span.trace_id in traces, len(callers))
-        assert_all_right(steps_of(receiver, ranks=2), callers, ranks=2)
+        spans = steps_of(receiver, ranks=2)
+        assert_all_right(spans, callers, ranks=2)
+        of_ranks = [query for query in blocks("traceql") if "worker_step rank" in query]
+        assert of_ranks
+        assert all(found(query, spans) for query in of_ranks)
 
         hanging_up = functools.partial(client.stream, words(5), max_tokens=450, hang_up_after=50)
         at_once([hanging_up] * 2, 2)

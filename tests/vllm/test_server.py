@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_npu import semconv
-from tests.helpers import REPOSITORY
 from tests.helpers.prometheus import Prometheus
+from tests.helpers.queries import blocks, found
 from tests.helpers.receiver import Receiver
 from tests.helpers.tiny_model import words
 from tests.helpers.traced import eventually
@@ -281,8 +281,10 @@ def test_of_a_thousand_mixed_requests_nothing_is_missing_twice_or_out_of_place(s
     steps_of(serving.receiver)  # of which a server that is stopped may lose the last
     serving.server.stop()  # so that all that will ever arrive has arrived
 
-    assert_mix(Spans(serving.receiver.spans), callers)
+    spans = Spans(serving.receiver.spans)
+    assert_mix(spans, callers)
     assert [search for search in jaeger_searches() if not finds(search, serving.receiver)] == []
+    assert [query for query in blocks("traceql") if not _NOT_HERE.search(query) and not found(query, spans)] == []
 
 
 def of_answer(answer: dict[str, Any]) -> Callable[[Span], bool]:
@@ -292,9 +294,13 @@ def of_answer(answer: dict[str, Any]) -> Callable[[Span], bool]:
 
 def jaeger_searches() -> list[str]:
     """Those of the page of queries, but for the one for what hangs, which nothing does here."""
-    text = (REPOSITORY / "deploy/queries.md").read_text()
-    searches = re.findall(r"```jaeger\n(.*?)```", text, re.DOTALL)
-    return sorted({search for search in searches if semconv.UNFINISHED_STAGE not in search})
+    return sorted({search for search in blocks("jaeger") if semconv.UNFINISHED_STAGE not in search})
+
+
+_NOT_HERE = re.compile(
+    r'timing = "device"|npu\.device\.duration|npu\.enqueue|worker_step rank|"slow"|unfinished_stage|npu\.dropped'
+)
+"""In a query: no device times here, there is one rank, nothing is kept for slowness alone, hangs, or is lost."""
 
 
 def finds(search: str, receiver: Receiver) -> bool:
