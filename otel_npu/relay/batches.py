@@ -72,7 +72,9 @@ class Batch:
         """
         for span, content in zip(spans, encoded, strict=True):
             self.request.add(span, content)
-            add_up(self.drop_counts, drop_counts(span))
+            counts = drop_counts(span)
+            if counts:
+                add_up(self.drop_counts, counts)
         if keep:
             self.spans += spans
         self.count += len(spans)
