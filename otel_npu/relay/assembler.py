@@ -177,10 +177,8 @@ class Assembler:
         links = self.spans.links(step.links)
         if step.bare:
             # The first stage has the step's id: what a step inside it has as its parent.
-            return self.spans.stages(
-                ran, trace_id, around, unix_ns, self.spans.stage_attributes(ran, outer=why), first=own, links=links
-            )
-        spans = self.spans.stages(ran, trace_id, own, unix_ns, self.spans.stage_attributes(ran))
+            return self.spans.stages(ran, outer=why).within(trace_id, around, unix_ns, first=own, links=links)
+        spans = self.spans.stages(ran).within(trace_id, own, unix_ns)
         spans.append(
             self.spans.span(
                 _step_name(step),

@@ -55,7 +55,7 @@ class OwnSpan(ReadableSpan):
         self._start_time = start_ns
         self._end_time = end_ns
 
-    def failed(self, error: str, message: str | None) -> None:
+    def failed(self, error: str, message: str | None = None) -> None:
         """Something of this type went wrong in it."""
         self._status = Status(StatusCode.ERROR, message or error)
 

@@ -166,7 +166,7 @@ class _RequestSpans:
         known = times.known.get(self._maker)
         if known is None:
             known = times.known[self._maker] = _Known(self._maker, times)
-        self.spans += self._maker.stages(times.ran, self._trace_id, parent_id, self._unix_ns, known.of_stages)
+        self.spans += known.stages.within(self._trace_id, parent_id, self._unix_ns)
         return known
 
     def _unix(self, start_ns: int, end_ns: int) -> tuple[int, int]:
@@ -217,7 +217,7 @@ class _Known:
             for stage, keep in zip(stages, kept, strict=True)
             if not keep and (stage.parent < 0 or kept[stage.parent])
         )
-        self.of_stages = maker.stage_attributes(times.ran, more=times.attributes, kept=kept)
+        self.stages = maker.stages(times.ran, more=times.attributes, kept=kept)
         self.omitted = {semconv.OMITTED_HOST_TIME: semconv.seconds(omitted_ns)} if omitted_ns else {}
         self._maker = maker
         self._of_step: dict[int, Any] = {}

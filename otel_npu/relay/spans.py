@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.trace import SpanLimits
@@ -118,15 +118,15 @@ class SpanMaker:
             return attributes
         return BoundedAttributes(most, attributes, immutable=False, max_value_len=longest)
 
-    def stage_attributes(
+    def stages(
         self,
         ran: Ran,
         *,
         more: dict[str, Any] | None = None,
         kept: Sequence[bool] | None = None,
         outer: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        """What the span of each stage says, to give to `stages`; None for those that have no span.
+    ) -> StageSpans:
+        """The spans of a step's stages, in whatever traces they will be.
 
         Args:
             ran: The step, and where its stages lie.
@@ -134,67 +134,78 @@ class SpanMaker:
             kept: Of each stage whether it has a span; with it the stage around it has one too. None: all have.
             outer: What those of the outermost say beside that.
         """
-        attributes: list[Any] = []
+        on_host = semconv.HOST_TIMED if ran.has_device else ""
+        made: list[_StageSpan] = []
+        at: list[int] = []
+        """Of each stage, which of the spans it has."""
         for index, (stage, place) in enumerate(zip(ran.step.stages, ran.placed, strict=True)):
+            at.append(len(made))
             if kept is not None and not kept[index]:
-                attributes.append(None)
                 continue
             measured = _stage_attributes(stage, place)
             if more:
                 measured.update(more)
             if outer and stage.parent < 0:
                 measured.update(outer)
-            attributes.append(self.shared(measured, stage.attributes, stage.error))
-        return attributes
-
-    def stages(
-        self,
-        ran: Ran,
-        trace_id: bytes,
-        parent_id: bytes,
-        unix_ns: int,
-        attributes: Sequence[Any],
-        *,
-        first: bytes = b"",
-        links: Any = (),
-    ) -> list[ReadableSpan]:
-        """A span for each stage of a step, nested as the stages were.
-
-        Args:
-            ran: The step, and where its stages lie.
-            trace_id: The trace of the spans.
-            parent_id: The span around the outermost, if there is one.
-            unix_ns: Unix time minus the host's monotonic time.
-            attributes: Of each stage, as `stage_attributes` makes them.
-            first: The id of the first stage's span, if it is given. Without a parent it is the root of the trace, and
-                stages that merely overlap with it are its children all the same.
-            links: Links of the outermost.
-        """
-        stages, on_host = ran.step.stages, semconv.HOST_TIMED if ran.has_device else ""
-        random = os.urandom(8 * len(stages))
-        own_ids = [random[at : at + 8] for at in range(0, len(random), 8)]
-        if first and own_ids:
-            own_ids[0] = first
-        spans = []
-        for own_id, stage, place, said in zip(own_ids, stages, ran.placed, attributes, strict=True):
-            if said is None:
-                continue
-            around = own_ids[stage.parent] if stage.parent >= 0 else parent_id or (first if own_id != first else b"")
-            spans.append(
-                self.span(
-                    stage.name if stage.device_ns is not None else stage.name + on_host,
-                    (trace_id, own_id, around),
-                    said,
-                    (place.start_ns + unix_ns, place.end_ns + unix_ns),
-                    error=stage.error,
-                    links=links if stage.parent < 0 else (),
-                )
-            )
-        return spans
+            said = self.shared(measured, stage.attributes, stage.error)
+            name = stage.name if stage.device_ns is not None else stage.name + on_host
+            around = at[stage.parent] if stage.parent >= 0 else -1
+            made.append((name, said, place.start_ns, max(place.start_ns, place.end_ns), around, stage.error))
+        return StageSpans(self._resource, made)
 
     def links(self, links: Iterable[bytes]) -> Links:
         """Links to these spans, each as it is in a frame."""
         return Links(self._limits.max_links, links)
+
+
+_StageSpan: TypeAlias = tuple[str, Any, int, int, int, "str | None"]
+"""Of a stage's span the name, the attributes, start and end on the host's monotonic clock, which span of its list is around
+it (-1: none of them), and the error."""
+
+
+class StageSpans:
+    """The spans of a step's stages but for the trace that they are in: made once for all requests that show the step.
+
+    Args:
+        resource: The process.
+        made: What is known of each.
+    """
+
+    __slots__ = ("_made", "_resource")
+
+    def __init__(self, resource: Resource, made: list[_StageSpan]) -> None:
+        self._resource = resource
+        self._made = made
+
+    def within(
+        self, trace_id: bytes, parent_id: bytes, unix_ns: int, *, first: bytes = b"", links: Any = ()
+    ) -> list[ReadableSpan]:
+        """They themselves in one trace, nested as the stages were.
+
+        Args:
+            trace_id: The trace.
+            parent_id: The span around the outermost, if there is one.
+            unix_ns: Unix time minus the host's monotonic time.
+            first: The id of the first stage's span, if it is given. Without a parent it is the root of the trace, and
+                stages that merely overlap with it are its children all the same.
+            links: Links of the outermost.
+        """
+        random = os.urandom(8 * len(self._made))
+        ids = [random[at : at + 8] for at in range(0, len(random), 8)]
+        if first and ids:
+            ids[0] = first
+        spans: list[ReadableSpan] = []
+        for span_id, (name, said, start_ns, end_ns, around, error) in zip(ids, self._made, strict=True):
+            outer_id = ids[around] if around >= 0 else parent_id or (first if spans else b"")
+            span = OwnSpan(
+                name, (trace_id, span_id, outer_id), self._resource, said, start_ns + unix_ns, end_ns + unix_ns
+            )
+            if links and around < 0:
+                span._links = links
+            if error is not None:
+                span.failed(error)
+            spans.append(span)
+        return spans
 
 
 def _stage_attributes(stage: Stage, place: Place) -> dict[str, Any]:
