@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Final
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
-    from otel_npu.relay.client import Client
+    from otel_npu.relay.account import Account
 
 MAX_BYTES_PER_CLIENT: Final = 48 * 1024 * 1024
 MAX_BYTES: Final = 64 * 1024 * 1024
-_LITTLE_BYTES: Final = 2 * 1024 * 1024
+LITTLE_BYTES: Final = 2 * 1024 * 1024
+"""Of whom less is held, nothing gives way for another of whom more is."""
 _RESERVED_BYTES: Final = 8 * 1024 * 1024
 """Of all, for those of whom little is held: two who flood, or one who comes back, leave them room."""
 CROWDED_BYTES: Final = MAX_BYTES_PER_CLIENT // 2
-"""Where more is held of one, it is read after the others."""
+"""Where more is held of one, it is read after the others, and its frames take nothing from those of whom less is."""
 
 # What objects take beside the bytes that they have in the packet, as far as anybody can make many of them.
 _PER_FRAME: Final = 1000
@@ -57,9 +58,9 @@ def _of_attributes(attributes: frames.Attributes | None) -> int:
 class _Held(weakref.ref[frames.Frame]):
     """A frame that was taken: as long as somebody holds it, it is on the ledger."""
 
-    __slots__ = ("client", "weight")
+    __slots__ = ("account", "weight")
 
-    client: Client
+    account: Account
     weight: int
 
 
@@ -71,24 +72,24 @@ class Ledger:
         self._held: dict[int, _Held] = {}
         """By their own ids: a reference has the hash of what it refers to, and frames have none."""
 
-    def has_room(self, client: Client, frame: frames.Frame) -> bool:
+    def has_room(self, account: Account, frame: frames.Frame) -> bool:
         """Whether one more such frame of this client may be held."""
         if not isinstance(frame, _HELD):
             return True
-        most = MAX_BYTES if client.held_bytes < _LITTLE_BYTES else MAX_BYTES - _RESERVED_BYTES
-        return client.held_bytes < MAX_BYTES_PER_CLIENT and self.bytes < most
+        most = MAX_BYTES if account.held_bytes < LITTLE_BYTES else MAX_BYTES - _RESERVED_BYTES
+        return account.held_bytes < MAX_BYTES_PER_CLIENT and self.bytes < most
 
-    def hold(self, client: Client, frame: frames.Frame, packet_bytes: int) -> None:
+    def hold(self, account: Account, frame: frames.Frame, packet_bytes: int) -> None:
         """Count a frame of a client for as long as it is there."""
         if not isinstance(frame, _HELD):
             return
         held = _Held(frame, self._let_go)
-        held.client, held.weight = client, weight(frame, packet_bytes)
-        client.account.held_bytes += held.weight
+        held.account, held.weight = account, weight(frame, packet_bytes)
+        account.held_bytes += held.weight
         self.bytes += held.weight
         self._held[id(held)] = held
 
     def _let_go(self, held: _Held) -> None:
         del self._held[id(held)]
-        held.client.account.held_bytes -= held.weight
+        held.account.held_bytes -= held.weight
         self.bytes -= held.weight

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, overload
 
 from otel_npu import semconv
+from otel_npu.relay.ledger import CROWDED_BYTES, LITTLE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,14 +166,16 @@ class Making:
     def give_way(self, asks: Account) -> bool:
         """Give up a trace that waits, so that there is room for what this client has sent; whether one did.
 
-        The oldest of its own or, if it has none, of whoever makes the relay hold most, and more than it does: who sends
-        much takes nothing from those who send little.
+        The oldest of its own or, if it has none, of whoever makes the relay hold most. That has to be more than it does
+        itself, if that is much: who sends much takes nothing from those who send little. An engine of which not that
+        much is held has its requests and numbers before its workers have their traces.
         """
         if asks in self._traces:
             self._give_up(self._traces, asks)
             return True
         largest = max(self._traces, key=lambda account: account.held_bytes, default=asks)
-        if largest.held_bytes <= asks.held_bytes:
+        least = LITTLE_BYTES if asks.held_bytes < CROWDED_BYTES else asks.held_bytes
+        if largest.held_bytes <= min(least, asks.held_bytes):
             return False
         self._give_up(self._traces, largest)
         return True

@@ -301,12 +301,12 @@ class Server:
         try:
             frame = frames.decode_frame(encoded)
             self._patience.read(frame)
-            while not self._ledger.has_room(client, frame):
+            while not self._ledger.has_room(client.account, frame):
                 if not self._making.give_way(client.account):
                     self._drops.add(semconv.RELAY_FULL)
                     client.account.lose()
                     return
-            self._ledger.hold(client, frame, memoryview(encoded).nbytes)
+            self._ledger.hold(client.account, frame, memoryview(encoded).nbytes)
             self._handle(client, frame)
         except (msgspec.MsgspecError, ValueError) as error:
             self._bad_frame(client, str(error))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from otel_npu.relay.client import Client
+from otel_npu.relay.account import Account
 from otel_npu.relay.ledger import MAX_BYTES, MAX_BYTES_PER_CLIENT, Ledger
 from tests.helpers.built import request, scheduled, stage, step
 from tests.relay import test_server
@@ -55,17 +55,17 @@ def test_two_who_make_it_hold_all_that_it_may_leave_room_for_others() -> None:
     ledger = Ledger()
     kept: list[Request] = []
 
-    def fill(client: Client) -> int:
-        while ledger.has_room(client, frame := request(len(kept) + 1)):
+    def fill(account: Account) -> int:
+        while ledger.has_room(account, frame := request(len(kept) + 1)):
             kept.append(frame)
-            ledger.hold(client, frame, 200_000)
-        return client.held_bytes
+            ledger.hold(account, frame, 200_000)
+        return account.held_bytes
 
-    assert fill(Client()) >= MAX_BYTES_PER_CLIENT
-    fill(Client())
+    assert fill(Account()) >= MAX_BYTES_PER_CLIENT
+    fill(Account())
     assert ledger.bytes < MAX_BYTES
-    assert fill(Client()) > 1_000_000
-    fill(Client())
-    while ledger.has_room(Client(), request(1)):
-        fill(Client())
+    assert fill(Account()) > 1_000_000
+    fill(Account())
+    while ledger.has_room(Account(), request(1)):
+        fill(Account())
     assert ledger.bytes < MAX_BYTES + 1_000_000

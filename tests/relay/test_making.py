@@ -13,6 +13,7 @@ from otel_npu import semconv
 from otel_npu.drops import Drops
 from otel_npu.relay import making as making_module
 from otel_npu.relay.account import Account
+from otel_npu.relay.ledger import CROWDED_BYTES, LITTLE_BYTES
 from otel_npu.relay.making import Making, Unmade
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def test_the_oldest_traces_give_way_and_requests_never(made: Made, monkeypatch: 
 
 def test_for_a_clients_frames_its_own_traces_give_way_or_those_of_one_of_whom_more_is_held(made: Made) -> None:
     little, much = Account(), Account()
-    little.held_bytes, much.held_bytes = 1000, 5000
+    little.held_bytes, much.held_bytes = CROWDED_BYTES - 1, CROWDED_BYTES
     made.put("a", gives_way=1, account=little)
     made.put("b", gives_way=1, account=much)
     assert made.making.give_way(much)
@@ -135,6 +136,18 @@ def test_for_a_clients_frames_its_own_traces_give_way_or_those_of_one_of_whom_mo
     made.making.all()
     assert made.export.spans == ["a"]
     assert (little.lost, much.lost) == (0, 2)
+
+
+def test_for_an_engines_frames_the_traces_of_its_workers_give_way_but_not_of_whom_little_is_held(made: Made) -> None:
+    """The engine has no traces that could, because requests are none: the steps of its workers may be all that wait."""
+    engine, worker, small = Account(), Account(), Account()
+    engine.held_bytes, worker.held_bytes, small.held_bytes = CROWDED_BYTES - 1, LITTLE_BYTES + 1, LITTLE_BYTES
+    made.put("a", gives_way=1, account=small)
+    made.put("b", gives_way=1, account=worker)
+    assert made.making.give_way(engine)
+    assert not made.making.give_way(engine)
+    made.making.all()
+    assert made.export.spans == ["a"]
 
 
 def test_traces_are_made_by_turns(made: Made) -> None:
