@@ -102,7 +102,7 @@ class Assembler:
     def replaces(self, other: Assembler | None) -> None:
         """Take over what another has still to report."""
         if other is not None:
-            other.part()
+            self._dropped, other._dropped = other._dropped, {}
 
     def count_drops(self, counts: dict[str, int]) -> None:
         """Drops of the process, to report with its next step span."""
