@@ -419,7 +419,11 @@ DROP_REASONS: Final = (
     Term(INTERNAL_ERROR, "{error}", "A fault of otel-npu's own; the log has it."),
     Term(RELAY_LOST, "{relay}", "A relay ended early, with what it held. Counted once by each process that had it."),
     Term(REQUEST_UNFINISHED, "{request}", "The engine went away before the request's end was known: no spans of it."),
-    Term(TOO_MANY_REQUESTS, "{request}", "More requests at once than the relay follows: no spans of the newest."),
+    Term(
+        TOO_MANY_REQUESTS,
+        "{request}",
+        "More requests at once than the relay follows: no spans of the newest of the engine that has most.",
+    ),
     Term(RELAY_BUSY, "{step}", "The relay had more to read than it could make spans of: the oldest steps have none."),
     Term(RELAY_FULL, "{frame}", "A process made the relay hold more than it may: a frame that would have added to it."),
     Term(QUEUE_FULL, "{span}", "The exporter did not keep up and the bounded queue was full: the oldest."),

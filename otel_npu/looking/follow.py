@@ -45,7 +45,8 @@ class Follower:
         self._put = put
         self._wall = WallClock()
         self._clients: dict[int, Client] = {}
-        self._joiner = Joiner(self._wall, lambda spans, _: self._take_spans(spans), Drops(), now)
+        self._drops = Drops()
+        self._joiner = Joiner(self._wall, lambda spans, _: self._take_spans(spans), self._drops, now)
         self.unreadable = 0
         """So many frames could not be read: the relay has counted them too."""
 
@@ -80,7 +81,7 @@ class Follower:
 
     def _handle(self, client: Client, frame: frames.Frame) -> None:
         if isinstance(frame, frames.Hello):
-            client.greeted = Assembler(frame, self._wall, _span_limits, None, self._told(frame))
+            client.greeted = Assembler(frame, self._wall, _span_limits, None, self._told(frame), self._drops)
         elif isinstance(frame, frames.Step):
             self._step(client, frame)
         elif isinstance(frame, frames.Ping):

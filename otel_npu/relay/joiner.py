@@ -335,7 +335,7 @@ class Joiner:
             self._settle(step)
         self._count_straggler(client, step)
         if step.reason and scheduled.trace_id:
-            self._put(Unmade(lambda: self._span(step), gives_way=1), client.account)
+            self._put(Unmade(lambda: self._span(step), gives_way=1, given_up=step.release), client.account)
         else:
             step.release()
 
@@ -419,7 +419,7 @@ class Joiner:
 
     def _finish(self, request: OpenRequest) -> None:
         self._forget(request)
-        self._put(Unmade(lambda: self._spans(request)), request.client.account)
+        self._put(Unmade(lambda: self._spans(request), given_up=request.let_go), request.client.account)
 
     def _spans(self, request: OpenRequest) -> list[ReadableSpan]:
         from otel_npu.relay.request_spans import request_spans  # with the SDK, which is imported while frames are read
@@ -433,6 +433,7 @@ class Joiner:
 
     def _give_up(self, request: OpenRequest, reason: str) -> None:
         self._forget(request)
+        request.let_go()
         self._drops.add(reason)
         request.client.account.lose()
 

@@ -29,6 +29,10 @@ class Links(BoundedList[Link]):
     def __len__(self) -> int:
         return len(self.raw)
 
+    def __bool__(self) -> bool:
+        """Whether there are any, or were: of those beyond the limit the number is told."""
+        return bool(self.raw or self.dropped)
+
     def __getitem__(self, index: int) -> Link:  # type: ignore[override]
         return _link(self.raw[index])
 

@@ -37,12 +37,20 @@ class Unmade(Sequence["ReadableSpan"]):
         make: Makes them.
         gives_way: About how many they are if they may be given up, where there is more to read than can be made: the
             trace of a step. Else 0.
+        given_up: Called if they are never made: lets go of what they would have been made of.
     """
 
-    __slots__ = ("_made", "_make", "gives_way")
+    __slots__ = ("_given_up", "_made", "_make", "gives_way")
 
-    def __init__(self, make: Callable[[], Sequence[ReadableSpan]], *, gives_way: int = 0) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Sequence[ReadableSpan]],
+        *,
+        gives_way: int = 0,
+        given_up: Callable[[], None] | None = None,
+    ) -> None:
         self._make: Callable[[], Sequence[ReadableSpan]] | None = make
+        self._given_up = given_up
         self._made: Sequence[ReadableSpan] = ()
         self.gives_way = gives_way
 
@@ -59,9 +67,17 @@ class Unmade(Sequence["ReadableSpan"]):
     def __getitem__(self, index: int | slice) -> ReadableSpan | Sequence[ReadableSpan]:
         return self._spans()[index]
 
+    def give_up(self) -> None:
+        """Nobody will look at them."""
+        given_up = self._given_up
+        self._make = self._given_up = None
+        if given_up is not None:
+            given_up()
+
     def _spans(self) -> Sequence[ReadableSpan]:
-        make, self._make = self._make, None
+        make = self._make
         if make is not None:
+            self._make = self._given_up = None
             self._made = make()
         return self._made
 
@@ -166,9 +182,9 @@ class Making:
     def give_way(self, asks: Account) -> bool:
         """Give up a trace that waits, so that there is room for what this client has sent; whether one did.
 
-        The oldest of its own or, if it has none, of whoever makes the relay hold most. That has to be more than it does
-        itself, if that is much: who sends much takes nothing from those who send little. An engine of which not that
-        much is held has its requests and numbers before its workers have their traces.
+        The oldest of its own or, if it has none, of whoever makes the relay hold most, if that is more than it does
+        itself: who sends much takes nothing from those who send little. Of less than much, more than little is enough:
+        an engine has its requests and numbers before its workers have their traces.
         """
         if asks in self._traces:
             self._give_up(self._traces, asks)
@@ -182,7 +198,9 @@ class Making:
 
     def _give_up(self, turns: _Turns, account: Account) -> None:
         """Leave out the oldest of this client."""
-        _, weight = turns.take(account)
+        spans, weight = turns.take(account)
+        if isinstance(spans, Unmade):
+            spans.give_up()
         self._drops.add(semconv.RELAY_BUSY)
         account.lose(weight)
 

@@ -337,6 +337,10 @@ class OpenRequest:
                 self.surplus.add(times, part.tokens)
         self._parts.clear()
 
+    def let_go(self) -> None:
+        """Nothing is to be made of it: its steps, which refer to it, are let go of without the garbage collector."""
+        self._parts.clear()
+
     def _surplus(self, unix_ns: int) -> list[bool]:
         """Of each latest step, whether the request was over before it."""
         parts, end = self._parts, self.end

@@ -338,6 +338,8 @@ class Server:
     def _greet(self, client: Connected, frame: frames.Hello) -> None:
         if frame.protocol != frames.PROTOCOL:
             raise ValueError(f"protocol {frame.protocol}, this relay has {frames.PROTOCOL}")
+        if client.looks:
+            raise ValueError("one who looks at others that wants to be a traced process")
         counted = None if self._metrics is None else self._metrics.process(frame)
         slow = SlowSteps(frame.slow_step, self._drops)
         assembler = Assembler(frame, self._wall, self._limits, slow, counted, self._drops)

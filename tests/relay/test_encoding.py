@@ -94,6 +94,8 @@ def test_any_spans_are_what_the_sdk_makes_of_them(spans: list[ReadableSpan]) -> 
     assert encoded(*spans) == by_the_sdk(*spans)
 
 
+SHARED = SharedAttributes({"npu.rank": 1, "npu.host.duration": 0.25})
+LINKS = st.builds(lambda ids: b"".join(ids) + b"\1", st.tuples(*[st.binary(min_size=8, max_size=8).filter(any)] * 3))
 IDS = st.binary(min_size=8, max_size=8).filter(any)
 
 
@@ -101,8 +103,10 @@ IDS = st.binary(min_size=8, max_size=8).filter(any)
 def own_spans(draw: st.DrawFn) -> OwnSpan:
     """A span as the relay makes it."""
     ids = draw(IDS) + draw(IDS), draw(IDS), draw(st.just(b"") | IDS)
-    own = OwnSpan(draw(TEXTS), ids, RESOURCE, draw(ATTRIBUTES), draw(TIMES), draw(TIMES))
-    own._links = [Link(context) for context in draw(st.lists(CONTEXTS, max_size=2))]
+    attributes = draw(st.just(SHARED) | ATTRIBUTES)
+    own = OwnSpan(draw(st.just("forward") | TEXTS), ids, RESOURCE, attributes, draw(st.integers(0, 1)), draw(TIMES))
+    own._links = Links(draw(st.integers(0, 2)), draw(st.lists(LINKS, max_size=4)))
+    own._events = draw(st.lists(st.builds(Event, TEXTS, ATTRIBUTES, TIMES), max_size=1))
     if draw(st.booleans()):
         own.failed("ValueError", draw(TEXTS))
     return own
@@ -128,7 +132,6 @@ def test_our_own_is_one_of_the_sdks_for_whoever_takes_those() -> None:
     assert OwnSpan("root", (b"t" * 16, b"s" * 8, b""), RESOURCE, {}, 1, 2).parent is None
 
 
-SHARED = SharedAttributes({"npu.rank": 1, "npu.host.duration": 0.25})
 ALIKE = st.builds(
     ReadableSpan,
     st.sampled_from(("forward", "sample")),

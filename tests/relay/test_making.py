@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +17,7 @@ from otel_npu.relay import making as making_module
 from otel_npu.relay.account import Account
 from otel_npu.relay.ledger import CROWDED_BYTES, LITTLE_BYTES
 from otel_npu.relay.making import Making, Unmade
+from tests.helpers.joined import Joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,6 +151,31 @@ def test_for_an_engines_frames_the_traces_of_its_workers_give_way_but_not_of_who
     assert not made.making.give_way(engine)
     made.making.all()
     assert made.export.spans == ["a"]
+
+
+def test_what_is_given_up_lets_go_of_what_it_would_have_been_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: till the garbage collector comes, it would all still be on the ledger, and more would be given up."""
+    joined = Joined()
+    waiting: list[Unmade] = []
+    monkeypatch.setattr(joined.joiner, "_put", lambda spans, _: waiting.append(spans))
+    joined.open(1, 2)
+    joined.schedule(1, {1: 1, 2: 1}, prefill=True)
+    held: list[weakref.ref[Any]] = [weakref.ref(step.scheduled) for step in joined.joiner.steps()]
+    held += [weakref.ref(request) for _, request in joined.joiner.open_requests()]
+    gc.disable()
+    try:
+        joined.run(1)
+        joined.update(1, {1: 1, 2: 1}, finished=[1])
+        joined.end(1, 1)
+        joined.joiner.part(joined.engine)  # 2 is unfinished
+        joined.pass_seconds(10)
+        assert len(waiting) == 2
+        for spans in waiting:
+            spans.give_up()
+        waiting.clear()
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_traces_are_made_by_turns(made: Made) -> None:

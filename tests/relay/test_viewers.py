@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from otel_npu import semconv
 from otel_npu.relay import viewers
 from otel_npu.relay.server import Server
 from otel_npu.relay.switching import QUIET_SECONDS, Switching
@@ -181,6 +182,17 @@ def test_a_traced_process_switches_nobody(relay: Relay) -> None:
     other.connection.setblocking(False)
     with pytest.raises(BlockingIOError):
         other.connection.recv(1024)
+
+
+def test_one_who_looks_is_no_traced_process_too(relay: Relay) -> None:
+    """It would be told of at its end by nobody: what it had sent would be held for ever."""
+    connection = relay.client()
+    looks = Looking(connection)
+    relay.run()
+    looks.ask()
+    connection.greet().send(request(1))
+    eventually(lambda: looks.ask().dropped.get(semconv.BAD_FRAME) == 2, "both are bad frames")
+    assert looks.ask().processes == []
 
 
 def test_requests_under_way_are_shown_as_far_as_they_are_known_once_capture_is_off(relay: Relay) -> None:
