@@ -150,15 +150,19 @@ def test_top_agrees_with_what_the_server_counts(standing: Standing) -> None:
 
 
 def test_a_recording_holds_every_step_that_the_engine_counts_with_all_its_ranks(standing: Standing) -> None:
+    """Until one holds a request too: on a busy machine a step may take half a second."""
     path = standing.server.folder / "recorded.json"
     counted = functools.partial(standing.client.counted, "iteration_tokens", "total_count")
     with load(standing.client):
-        before = counted()
-        done = standing.command("record", "--seconds", "3", "-o", str(path))
-        most = counted() - before
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)  # noqa: T201
-    model = Model(otlp_json.read(path))
+        for seconds in (3, 15, 75):
+            before = counted()
+            done = standing.command("record", "--seconds", str(seconds), "-o", str(path))
+            most = counted() - before
+            assert done.returncode == 0, done.stderr
+            print(done.stdout)  # noqa: T201
+            model = Model(otlp_json.read(path))
+            if model.requests:
+                break
     numbers = [step.attributes[semconv.STEP_NUMBER] for step in model.steps]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     assert len(numbers) <= most

@@ -182,8 +182,10 @@ def test_vllm_serves_whichever_hook_target_is_missing_and_there_is_one_warning(
     assert len(cases) >= 10
     for case in cases:
         assert case["tokens"] == [4, 4]
-        [warning] = case["warnings"]
-        assert case["target"] in warning
+        # A process that has run for a minute, on a busy machine, also says what it has left out meanwhile.
+        warnings = [text for text in case["warnings"] if not text.startswith("left out in the last minute")]
+        assert len(warnings) == 1, warnings
+        assert case["target"] in warnings[0]
 
 
 def test_whichever_hook_target_is_missing_the_other_spans_arrive(broken: tuple[list[dict[str, Any]], Spans]) -> None:

@@ -193,8 +193,10 @@ def test_prefill_and_decode_on_two_servers_are_one_trace(tmp_path: Path, receive
         usual = [*ROOMY, "--no-enable-prefix-caching", "--otlp-traces-endpoint", endpoint]
         return [*usual, "--kv-transfer-config", json.dumps(config)]
 
+    # The threads of two servers that wait for each other by spinning would keep each other from the processors.
+    one_thread = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     servers = [
-        Server(tmp_path / name, transfer(role, **extra), {"OTEL_SERVICE_NAME": name})
+        Server(tmp_path / name, transfer(role, **extra), {"OTEL_SERVICE_NAME": name, **one_thread})
         for name, role, extra in (
             ("prefill", "kv_producer", {"keep_seconds": 0.4}),
             ("decode", "kv_consumer", {"load_seconds": LOAD_SECONDS}),
