@@ -18,11 +18,6 @@ class Client:
         self.account = Account()
 
     @property
-    def held_bytes(self) -> int:
-        """About how much memory its frames take that are held."""
-        return self.account.held_bytes
-
-    @property
     def assembler(self) -> Assembler:
         """Makes its spans.
 

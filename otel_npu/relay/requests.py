@@ -335,10 +335,10 @@ class OpenRequest:
                 self.surplus.steps += 1
             else:
                 self.surplus.add(times, part.tokens)
-        self._parts.clear()
+        self.let_go()
 
     def let_go(self) -> None:
-        """Nothing is to be made of it: its steps, which refer to it, are let go of without the garbage collector."""
+        """Its steps, which refer to it, are needed no more: the garbage collector need not come for them."""
         self._parts.clear()
 
     def _surplus(self, unix_ns: int) -> list[bool]:

@@ -268,7 +268,11 @@ class Server:
         """
         most = 0
         engines = self._joiner.engines
-        for client in sorted(clients, key=lambda client: (_crowded(client), client not in engines, client.held_bytes)):
+
+        def turn(client: Connected) -> tuple[bool, bool, int]:
+            return _crowded(client), client not in engines, client.account.held_bytes
+
+        for client in sorted(clients, key=turn):
             if most and _crowded(client):
                 return PACKETS_PER_TURN
             packets = taken = 0
@@ -444,7 +448,7 @@ class Server:
 
 def _crowded(client: Connected) -> bool:
     """Whether so much is held of it that others come before it."""
-    return client.held_bytes > CROWDED_BYTES
+    return client.account.held_bytes > CROWDED_BYTES
 
 
 def exporters_of(environment: Mapping[str, str]) -> Sequence[SpanExporter]:

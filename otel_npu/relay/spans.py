@@ -88,9 +88,8 @@ class SpanMaker:
             links: As `links` makes them.
             events: What happened at an instant in it.
         """
-        if type(attributes) is not SharedAttributes:
-            attributes = self._bounded(attributes, own_attributes, error)
-        span = OwnSpan(name, ids, self._resource, attributes, times_ns[0], max(times_ns))
+        bounded = self._bounded(attributes, own_attributes, error)
+        span = OwnSpan(name, ids, self._resource, bounded, times_ns[0], max(times_ns))
         if links:
             span._links = links
         if events:

@@ -28,9 +28,6 @@ class Strangers:
         self._told: dict[Client, _Told] = {}
         self._teller: dict[bytes, Client] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._teller)
-
     def add(self, span_id: bytes, client: Client, stages: int) -> None:
         """A rank's run of such a step has come."""
         teller = self._teller.setdefault(span_id, client)

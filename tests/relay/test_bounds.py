@@ -65,8 +65,8 @@ def test_what_one_client_makes_it_hold_is_bounded_and_costs_no_other(relay: Rela
     for number in range(1, 2001):
         hostile.send(flood(number))
     assert not hostile.flush()  # something of it was lost
-    [client] = [client for client in clients(relay) if client.held_bytes]
-    assert client.held_bytes < 400 * KIB + 128 * KIB
+    [client] = [client for client in clients(relay) if client.account.held_bytes]
+    assert client.account.held_bytes < 400 * KIB + 128 * KIB
     for number in range(10):
         honest.send(step(number))
     assert honest.flush()

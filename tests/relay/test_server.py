@@ -227,6 +227,35 @@ def test_what_a_process_that_leaves_no_step_span_would_have_said_another_says(
     assert relay.exporter.dropped(semconv.POOL_EXHAUSTED) == 3
 
 
+def test_engines_are_read_before_those_of_whom_less_is_held_but_not_once_much_is(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever has sent first: else each step of a worker would be one that no engine has told of, for a moment."""
+    worker, engine = relay.client().greet(), relay.client().greet()
+    engine.send(request(1))
+    read: list[int] = []
+
+    def look() -> list[int]:
+        read.clear()
+        for client in (worker, engine):
+            client.send(frames.Ping(0, 1, 1, 1))
+        relay.server._read(list(relay.server._clients))
+        return list(dict.fromkeys(read))
+
+    look()
+    take = relay.server._take_packet
+
+    def taken(client: Any, packet: memoryview) -> int:
+        read.append(client.assembler.hello.pid)
+        return take(client, packet)
+
+    monkeypatch.setattr(relay.server, "_take_packet", taken)
+    assert look() == [engine.pid, worker.pid]
+    monkeypatch.setattr(server_module, "CROWDED_BYTES", 1)
+    assert look() == [worker.pid]
+    assert look() == [worker.pid]  # what the engine has sent waits
+
+
 def test_the_line_says_what_is_wrong(relay: Relay, client: Client, caplog: pytest.LogCaptureFixture) -> None:
     client.greet()
     for bad in (
@@ -302,9 +331,9 @@ def test_what_is_held_of_a_worker_is_waited_for_from_its_engine(relay: Relay, mo
     held = []
     forward = relay.server._ledger.hold
 
-    def hold(client: Any, frame: Any, packet_bytes: int) -> None:
-        forward(client, frame, packet_bytes)
-        held.append(client.held_bytes if isinstance(frame, frames.Step) else 0)
+    def hold(account: Any, frame: Any, packet_bytes: int) -> None:
+        forward(account, frame, packet_bytes)
+        held.append(account.held_bytes if isinstance(frame, frames.Step) else 0)
 
     monkeypatch.setattr(relay.server._ledger, "hold", hold)
     relay.run()

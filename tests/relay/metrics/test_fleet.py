@@ -119,6 +119,6 @@ def test_each_exemplar_leads_to_a_span_that_was_kept(fleet: Fleet, points: list[
 def test_nothing_is_left_behind(fleet: Fleet) -> None:
     for relay in dict.fromkeys(fleet.relays):
         assert not relay.joiner._steps
-        assert not relay.joiner._strangers
+        assert not relay.joiner._strangers._teller
         assert relay.joiner._strangers.stages == 0
         assert relay.drops.take_unsent() == {}
