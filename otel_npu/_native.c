@@ -25,8 +25,8 @@ static PyObject *test_clock; /* a clock in the place of the host's, for tests */
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
     X(capture_check, "_capture_check") X(choose, "_choose") X(close, "close") \
     X(device_index, "device_index") X(dues, "dues") \
-    X(find_place, "_find_place") X(free, "free") X(handle, "handle") X(handles, "handles") \
-    X(interval_ns, "interval_ns") X(let_go, "let_go") \
+    X(find_place, "_find_place") X(forward_context, "_forward_context") X(forward_module, "vllm.forward_context") X(free, "free") X(handle, "handle") X(handles, "handles") \
+    X(graph_mode, "cudagraph_runtime_mode") X(interval_ns, "interval_ns") X(let_go, "let_go") \
     X(not_entered, "_not_entered") X(not_exited, "_not_exited") X(not_opened, "_not_opened") X(open, "open") \
     X(open_again, "_open_again") \
     X(opentelemetry, "opentelemetry.trace") X(qualname, "__qualname__") X(record_end, "record_end") \
@@ -999,11 +999,49 @@ static PyObject *front_step(PyObject *module, PyObject *const *args, Py_ssize_t 
 }
 
 /* `scope()` of `vllm/worker.py`: where no step is open, and where a worker's is and the scope is known; else the function
-   in Python is called. What is known is None for what is no stage, or a name, attributes, and whether the host times it. */
+   in Python is called. What is known is None for what is no stage, or a name, attributes, whether the host times it, and
+   whether it is the forward, in a mode of which Python has told what to say. */
+
+#define MODES 8
 
 static struct {
     PyObject *scope, *known, *nothing, *without;
+    struct {
+        PyObject *mode, *attributes;
+    } modes[MODES];
+    int next_mode;
 } scopes;
+
+static PyObject *remember_mode(PyObject *module, PyObject *args)
+{
+    PyObject *mode, *attributes;
+    if (!PyArg_ParseTuple(args, "OO", &mode, &attributes))
+        return NULL;
+    GIVE(scopes.modes[scopes.next_mode].mode, Py_NewRef(mode));
+    GIVE(scopes.modes[scopes.next_mode].attributes, Py_NewRef(attributes));
+    scopes.next_mode = (scopes.next_mode + 1) % MODES;
+    Py_RETURN_NONE;
+}
+
+/* Say of a step in which mode its forward runs; whether that was done, or there is nothing to say. */
+static int note_mode(StepRecord *step)
+{
+    PyObject *module = PyDict_GetItemWithError(PyImport_GetModuleDict(), str_forward_module);
+    if (module == NULL && !PyErr_Occurred())
+        return 1;
+    PyObject *context = module == NULL ? NULL : PyObject_GetAttr(module, str_forward_context);
+    PyObject *mode = ABSENT(context) ? NULL : PyObject_GetAttr(context, str_graph_mode);
+    int noted = context == Py_None;
+    for (int at = 0; mode != NULL && at < MODES && !noted; at++)
+        if (scopes.modes[at].mode == mode) {
+            GIVE(step->attributes, Py_NewRef(scopes.modes[at].attributes));
+            noted = 1;
+        }
+    PyErr_Clear(); /* what is not there Python will see, too */
+    Py_XDECREF(context);
+    Py_XDECREF(mode);
+    return noted;
+}
 
 static PyObject *front_scope(PyObject *module, PyObject *name)
 {
@@ -1015,7 +1053,8 @@ static PyObject *front_scope(PyObject *module, PyObject *name)
     else if (PyUnicode_CheckExact(name) && PyObject_TypeCheck(found, &StepRecord_Type) &&
              (known = PyDict_GetItemWithError(scopes.known, name)) != NULL) {
         StepRecord *step = (StepRecord *)found;
-        if (step->rank != no_rank && step->closed_ns == 0 && step->kind != scopes.without && capturing() == step->capture)
+        if (step->rank != no_rank && step->closed_ns == 0 && step->kind != scopes.without && capturing() == step->capture &&
+            (known == Py_None || PyTuple_GET_ITEM(known, 3) != Py_True || note_mode(step)))
             made = known == Py_None ? Py_NewRef(scopes.nothing)
                                     : make_stage(front.Stage, step->capture, PyTuple_GET_ITEM(known, 0),
                                                  PyTuple_GET_ITEM(known, 1), PyTuple_GET_ITEM(known, 2) == Py_True);
@@ -1034,8 +1073,8 @@ static PyObject *scope_in_front(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OO!OO", &scope, &PyDict_Type, &known, &nothing, &without))
         return NULL;
     while (PyDict_Next(known, &at, &raw, &of))
-        if (of != Py_None && (!PyTuple_Check(of) || PyTuple_GET_SIZE(of) != 3)) {
-            PyErr_SetString(PyExc_TypeError, "a scope is None, or a name, attributes and a flag");
+        if (of != Py_None && (!PyTuple_Check(of) || PyTuple_GET_SIZE(of) != 4)) {
+            PyErr_SetString(PyExc_TypeError, "a scope is None, or a name, attributes and two flags");
             return NULL;
         }
     if (front.Stage == NULL) {
@@ -1491,6 +1530,7 @@ static PyObject *use_clock(PyObject *module, PyObject *clock)
 
 static PyMethodDef functions[] = {
     {"stand_in_front", stand_in_front, METH_VARARGS, "The functions that go before `stage` and `step` in Python."},
+    {"remember_mode", remember_mode, METH_VARARGS, "What is to be said of a step whose forward runs in this mode."},
     {"scope_in_front", scope_in_front, METH_VARARGS, "The function that goes before `scope` of vLLM's worker."},
     {"new_step", (PyCFunction)(void (*)(void))new_step, METH_FASTCALL, "A step to be opened."},
     {"new_stage", (PyCFunction)(void (*)(void))new_stage, METH_FASTCALL, "A stage to be entered."},

@@ -56,9 +56,10 @@ class WorkerSteps:
         self._endpoint = tracing.config_endpoint(config)
         self.rank, self.attributes = _rank(worker.rank, config.parallel_config)
         self._told: Recorder | None = None
-        """What knows the attributes already."""
+        """What knows the attributes already; None while there is a warm-up."""
         self._warming_up = False
-        self._step: Step | None = None
+        self.step: Step | None = None
+        """The one that is open."""
         self._worker = worker
 
     @functools.cached_property
@@ -69,9 +70,12 @@ class WorkerSteps:
 
     def open(self, scheduler_output: Any) -> None:
         """A step begins, if it runs the model."""
-        if self._step is not None:
+        # With as few calls as may be: where nothing is in the caches each of them costs.
+        if self.step is not None:
             self.close()
-        recorder = self._recorder()
+        recorder = switch._recorder
+        if recorder is None or recorder is not self._told:
+            recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
         if _connectors:
@@ -86,7 +90,10 @@ class WorkerSteps:
         if slow:  # this worker's relay may be another than the engine's
             recorder.send(frames.Keep(semconv.SLOW, list(slow)))
         ids = _new_tuple(Ids, (trace_id, new_bytes(8), span_id, kept))
-        self._open(new_step(Step, recorder, kind, (), None, ids, self.rank, number))
+        step = new_step(Step, recorder, kind, (), None, ids, self.rank, number)
+        step.open()
+        if step.closed_ns == 0:
+            self.step = step
 
     def open_dummy(self) -> None:
         """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""
@@ -101,18 +108,19 @@ class WorkerSteps:
         The recorder is made now, so that the relay has started when the first step comes.
         """
         self._warming_up = on
+        self._told = None
         tracing.recorder(self._endpoint)
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
-        step, self._step = self._step, None
+        step, self.step = self.step, None
         if step is not None:
             step.close(error)
 
     def _open(self, step: Step) -> None:
         step.open()
         if step.closed_ns == 0:
-            self._step = step
+            self.step = step
 
     def _recorder(self) -> Recorder | None:
         if self._warming_up:
@@ -139,7 +147,11 @@ def _of(worker: Any) -> WorkerSteps:
 
 def _end(worker: Any, error: type[BaseException] | None = None) -> None:
     try:
-        _of(worker).close(error)
+        steps = worker.__dict__.get(_STEPS)
+        step = None if steps is None else steps.step
+        if step is not None:
+            steps.step = None
+            step.close(error)
     except Exception:
         tracing.fault()
 
@@ -169,9 +181,8 @@ def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any
             _end(self, type(error))
             raise
         try:
-            steps = _of(self)
-            if output is not None or not steps.samples:
-                steps.close()
+            if output is not None or not _of(self).samples:
+                _end(self)
         except Exception:
             tracing.fault()
         return output
@@ -280,13 +291,14 @@ def scope(name: str) -> contextlib.AbstractContextManager[None]:
 _NOTHING: Final = contextlib.nullcontext()
 
 if native is not None:
-    # The function above for all that is in the table but the forward, without an interpreter.
+    # The function above for all that is in the table, without an interpreter.
     scope = native.scope_in_front(
         scope,
         {
-            raw: None if entry.timing is stages.IGNORED else (entry.name, entry.attributes, entry.timing is stages.HOST)
+            raw: None
+            if entry.timing is stages.IGNORED
+            else (entry.name, entry.attributes, entry.timing is stages.HOST, entry.name == _FORWARD)
             for raw, entry in stages.STAGES.items()
-            if entry.name != _FORWARD
         },
         _NOTHING,
         _DUMMY,
@@ -485,7 +497,9 @@ def _add_graph_mode(step: Step) -> None:
     mode = getattr(getattr(forward_context, "_forward_context", None), "cudagraph_runtime_mode", None)
     name = getattr(mode, "name", None)
     if isinstance(name, str):
-        step.attributes = _graph_mode(name)
+        step.attributes = attributes = _graph_mode(name)
+        if native is not None:
+            native.remember_mode(mode, attributes)
 
 
 @functools.lru_cache(_GRAPH_MODES)

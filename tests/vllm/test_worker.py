@@ -258,6 +258,40 @@ def test_the_graph_mode_of_the_forward_is_told(captured: Captured, monkeypatch: 
     assert step.attributes[semconv.GRAPH_MODE] == "full"
 
 
+def test_each_step_is_told_in_its_own_graph_mode_however_many_there_are(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = [types.SimpleNamespace(name=f"MODE_{number}") for number in range(12)]
+    forward_context = types.SimpleNamespace(_forward_context=None)
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
+    worker = Worker()
+    order = [0, 1, 0, 0, *range(12), *range(12)]
+    for number in order:
+        forward_context._forward_context = types.SimpleNamespace(cudagraph_runtime_mode=modes[number])
+        worker.execute_model(output(result="output"))
+    told = [step.attributes[semconv.GRAPH_MODE] for step in captured.steps() if step.attributes]
+    assert told == [f"mode_{number}" for number in order]
+
+
+@pytest.mark.parametrize(
+    "forward_context",
+    [
+        types.SimpleNamespace(_forward_context=None),
+        types.SimpleNamespace(_forward_context=types.SimpleNamespace()),
+        types.SimpleNamespace(_forward_context=types.SimpleNamespace(cudagraph_runtime_mode=None)),
+        types.SimpleNamespace(),
+    ],
+)
+def test_where_no_graph_mode_is_known_none_is_told(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch, forward_context: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
+    Worker().execute_model(output(result="output"))
+    step = captured.step()
+    assert semconv.GRAPH_MODE not in (step.attributes or {})
+    assert [stage.name for stage in step.stages] == ["forward"]
+
+
 def test_the_graph_mode_is_told_where_the_forward_context_begins_inside_the_forward(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +325,7 @@ def test_a_worker_whose_configuration_is_strange_runs_on(captured: Captured) -> 
     worker = Worker()
     del worker.vllm_config.parallel_config
     assert worker.execute_model(output(result="output")) == "output"
-    assert captured.dropped() == {semconv.INTERNAL_ERROR: 2}  # at the step's begin and at its end
+    assert captured.dropped() == {semconv.INTERNAL_ERROR: 1}
 
 
 def test_nothing_is_captured_once_tracing_is_off(captured: Captured) -> None:
