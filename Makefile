@@ -31,6 +31,9 @@ MEASURED_SLOW := tests/cli tests/devices tests/relay/metrics tests/relay/test_cr
 # What `make bench` compares with.
 BEFORE ?= 6177d3b
 
+# Where bytecode is not to be written, each of the thousand processes that the tests start compiles all of this anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test test-quick test-slow coverage faults soak check bench clean
 
 help: ## Show this help

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("torch")
 
 from tests.helpers import REPOSITORY
 
@@ -15,7 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Looked for, not imported: that takes seconds, here and in whatever process only collects the tests.
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed"),
+]
 
 # Compiles functions and calls them thrice. Gives of each how many graph breaks there were, and how many stages of which
 # name were captured.
