@@ -56,8 +56,6 @@ def step():
     stream = drained_stream()
     if backlog is not None:
         simulator.release(backlog)
-    if MODE == "manual clock":
-        simulator.advance(20_000)
     return stream
 
 executed = []
@@ -68,20 +66,22 @@ def length(name):
 
 if MODE == "manual clock":
     simulator.manual_clock(True)
-for _ in range(WARM_UP):
+for _ in range(WARM_UP):  # with the clock stopped nothing is over: so many events as these steps need are there then
     step()
+if MODE == "manual clock":
+    simulator.advance(1e6)
 assert otel_npu.flush(20)
 counts = simulator.counts()
 executed.clear()
 simulator.truth_start(2 * len(STAGES) * STEPS + 1000)  # and some pings, on a stream of their own
 for number in range(STEPS):
     step()
-    if MODE != "manual clock" and number % 20 == 0:
+    if MODE == "manual clock":
+        simulator.advance(20_000)
+    if number % 20 == 0:
         pending = switch.current_recorder().local.thread.pending
         while pending:  # never more at once than the pool has events for
             time.sleep(0.0005)
-if MODE == "manual clock":
-    simulator.advance(1e6)
 assert otel_npu.flush(20)
 after = simulator.counts()
 simulator.truth_stop()
