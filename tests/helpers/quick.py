@@ -31,7 +31,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with slow tests first where several processes share them: they are then done at about the same time."""
+    """Mark as slow what runs on the simulated Ascend: to load torch_npu takes seconds, in each process that has one.
+
+    Files with slow tests come first where several processes share them: they are then done at about the same time.
+    """
+    for item in items:
+        if "loaded_ascend" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if not hasattr(config, "workerinput"):
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}
