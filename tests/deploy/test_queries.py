@@ -12,6 +12,7 @@ from otel_npu.vllm import front_end, stages
 from tests.helpers import REPOSITORY, traceql
 from tests.helpers.command_line import otel_npu_command
 from tests.helpers.queries import TEXT, blocks, found
+from tests.helpers.receiver import Span
 from tests.helpers.vllm_spans import Spans
 
 if TYPE_CHECKING:
@@ -80,6 +81,25 @@ def test_of_the_demos_requests_each_query_finds_what_it_says(receiver: Receiver)
     assert all(re.search(r"worker_step rank|unfinished_stage|npu\.dropped", query) for query in silent)
     [abort] = [query for query in blocks("traceql") if "abort" in query]
     assert [span.attributes[semconv.REQUEST_FINISH_REASON] for span in found(abort, spans)] == ["abort"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "finds"),
+    [
+        ("span.npu.request.wait > 0.0", True),
+        ("span.npu.request.wait > 0", False),
+        ("span.npu.request.wait > -1", False),
+        ("span.npu.request.wait * 1 > 0", True),
+        ("span.npu.request.steps > 0", True),
+        ("span.npu.request.steps > 0.5", False),
+        ("span.npu.request.steps * 1 > 0.5", True),
+    ],
+)
+def test_a_number_finds_only_those_of_its_own_kind_unless_it_is_computed(condition: str, finds: bool) -> None:
+    """As Tempo 3.0.3 did when it was asked all of these."""
+    attributes = {semconv.REQUEST_WAIT: 0.25, semconv.REQUEST_STEPS: 3}
+    span = Span("decode", "t", "s", "", 0, 1, attributes, {}, "", [], [], 0, "", 1)
+    assert bool(traceql.parse(f"{{ {condition} }}").find(Spans([span]))) == finds
 
 
 def test_no_search_looks_back_further_than_the_tempo_of_the_compose_stack_lets_it() -> None:

@@ -36,5 +36,5 @@ def found(query: str, spans: Spans) -> list[Span]:
     }
     query = re.sub("|".join(values), lambda example: values[example[0]], query)
     query = re.sub(r"> \d+(ms|s)\b", "> 0s", query)
-    query = re.sub(r"> \d*\.\d+", "> 0", query)
+    query = re.sub(r"> \d*\.\d+", "> 0.0", query)
     return traceql.parse(query).find(spans)

@@ -80,6 +80,26 @@ _TOKEN: Final = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class _Attribute:
+    """An attribute as it is, nothing computed of it."""
+
+    name: str
+
+    def __call__(self, span: Span) -> Any:
+        return _of(span, self.name)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """What was written in the query."""
+
+    constant: Any
+
+    def __call__(self, _: Span) -> Any:
+        return self.constant
+
+
 class TraceQLError(ValueError):
     """The text is no TraceQL; the message says where it stops being."""
 
@@ -226,6 +246,8 @@ class _Parser:
             return False, lambda span: not value(span)
         if self._take("-"):
             value = self._operand()[1]
+            if isinstance(value, _Constant):
+                return False, _Constant(-value.constant)
             return False, lambda span: -value(span)
         if self._take("("):
             value = self._expression()
@@ -234,15 +256,16 @@ class _Parser:
         kind, text = self._token()
         if kind in ("string", "number", "duration") or text in _WORDS | _KINDS:
             self._at += 1
-            constant = _constant(kind, text)
-            return False, lambda _: constant
+            return False, _Constant(_constant(kind, text))
         return text in ("name", "span:name"), self._field()
 
     def _field(self) -> _Value:
         kind, text = self._token()
         if kind == "attribute":
             self._query.attributes.add(text)
-        elif kind != "word" or text not in INTRINSICS:
+            self._at += 1
+            return _Attribute(text)
+        if kind != "word" or text not in INTRINSICS:
             raise self._error("an attribute or an intrinsic")
         self._at += 1
         return lambda span: _of(span, text)
@@ -294,7 +317,9 @@ def _constant(kind: str, text: str) -> Any:
         return text[1:-1]
     if kind == "duration":
         return sum(float(count) * _NANOSECONDS[unit] for count, unit in re.findall(r"([\d.]+)([a-zµ]+)", text))
-    return float(text) if kind == "number" else {"true": True, "false": False, "nil": None}.get(text, text)
+    if kind == "number":
+        return float(text) if "." in text else int(text)
+    return {"true": True, "false": False, "nil": None}.get(text, text)
 
 
 def _of(span: Span, text: str) -> Any:
@@ -316,8 +341,13 @@ def _computed(sign: str, left: _Value, right: _Value) -> _Value:
     if sign == "||":
         return lambda span: bool(left(span)) or bool(right(span))
 
+    # Tempo looks an attribute up among those of the number's own kind: 1 finds no 1.5, and 1.0 no 1.
+    looked_up = sign in _COMPARISONS and {type(left), type(right)} == {_Attribute, _Constant}
+
     def value(span: Span) -> Any:
         one, other = left(span), right(span)
+        if looked_up and {type(one), type(other)} == {int, float}:
+            return None
         if sign == "!=" and other is None:
             return one is not None
         if isinstance(one, set):
