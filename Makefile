@@ -26,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numpr
 MEASURED_PROCESSES ?= 2
 MEASURED := $(PYTEST) $(MEASURED_PROCESSES) --cov --cov-append --cov-report=
 MEASURED_SLOW := tests/cli tests/devices tests/relay/metrics tests/relay/test_credentials.py tests/test_announce.py \
-	tests/test_compiled.py tests/relay/test_true_time.py tests/vllm/test_slow_ranks.py
+	tests/test_compiled.py tests/vllm/test_slow_ranks.py
 
 # What `make bench` compares with.
 BEFORE ?= 6177d3b

@@ -59,9 +59,10 @@ def test_what_is_wrong_is_told_without_it(
         }
     )
     assert worker.ask("steps(1) and otel_npu.flush(1)") is False
+    said = (closed, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: takes a URL")
+    eventually(lambda: any(text in programs.log for text in said), "what is wrong is told")
     worker.leave()
     eventually(lambda: not programs.relays(), "the relay has ended")
-    assert closed in programs.log or "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: takes a URL" in programs.log
     assert not [form for form in FORMS if form in programs.log]
 
 

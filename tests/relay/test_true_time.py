@@ -249,7 +249,7 @@ def serve(case):
             next_idle = now + 1
         for device in devices:
             step(case, device, idle)
-    assert otel_npu.flush(20)
+    assert otel_npu.flush(120)
     simulator.truth_stop()
     truth = {}
     for device in devices:
