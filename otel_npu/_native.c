@@ -25,8 +25,9 @@ static PyObject *test_clock; /* a clock in the place of the host's, for tests */
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
     X(capture_check, "_capture_check") X(choose, "_choose") X(close, "close") \
     X(device_index, "device_index") X(dues, "dues") \
-    X(find_place, "_find_place") X(forward_context, "_forward_context") X(forward_module, "vllm.forward_context") X(free, "free") X(handle, "handle") X(handles, "handles") \
-    X(graph_mode, "cudagraph_runtime_mode") X(interval_ns, "interval_ns") X(let_go, "let_go") \
+    X(find_place, "_find_place") X(forward_context, "_forward_context") X(forward_module, "vllm.forward_context") \
+    X(free, "free") X(graph_mode, "cudagraph_runtime_mode") X(handle, "handle") X(handles, "handles") \
+    X(interval_ns, "interval_ns") X(let_go, "let_go") \
     X(not_entered, "_not_entered") X(not_exited, "_not_exited") X(not_opened, "_not_opened") X(open, "open") \
     X(open_again, "_open_again") \
     X(opentelemetry, "opentelemetry.trace") X(qualname, "__qualname__") X(record_end, "record_end") \
@@ -1023,7 +1024,8 @@ static PyObject *remember_mode(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* Say of a step in which mode its forward runs; whether that was done, or there is nothing to say. */
+/* Say of a step in which mode its forward runs; whether that was done, or there is nothing to say. 0 with or without an
+   error: what a signal handler raised goes on. */
 static int note_mode(StepRecord *step)
 {
     PyObject *module = PyDict_GetItemWithError(PyImport_GetModuleDict(), str_forward_module);
@@ -1037,7 +1039,8 @@ static int note_mode(StepRecord *step)
             GIVE(step->attributes, Py_NewRef(scopes.modes[at].attributes));
             noted = 1;
         }
-    PyErr_Clear(); /* what is not there Python will see, too */
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear(); /* what is not there Python does not find either */
     Py_XDECREF(context);
     Py_XDECREF(mode);
     return noted;

@@ -292,6 +292,26 @@ def test_where_no_graph_mode_is_known_none_is_told(
     assert [stage.name for stage in step.stages] == ["forward"]
 
 
+def test_what_is_raised_while_the_graph_mode_is_asked_for_goes_on(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler of the program's may raise there as anywhere."""
+
+    raised = [KeyboardInterrupt]
+
+    class Context:
+        @property
+        def cudagraph_runtime_mode(self) -> None:
+            if raised:
+                raise raised.pop()
+
+    forward_context = types.SimpleNamespace(_forward_context=Context())
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
+    with pytest.raises(KeyboardInterrupt):
+        Worker().execute_model(output(result="output"))
+    assert captured.step().error == "KeyboardInterrupt"
+
+
 def test_the_graph_mode_is_told_where_the_forward_context_begins_inside_the_forward(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
