@@ -58,8 +58,7 @@ class WorkerSteps:
         self._told: Recorder | None = None
         """What knows the attributes already; None while there is a warm-up."""
         self._warming_up = False
-        self.step: Step | None = None
-        """The one that is open."""
+        self._step: Step | None = None
         self._worker = worker
 
     @functools.cached_property
@@ -70,11 +69,10 @@ class WorkerSteps:
 
     def open(self, scheduler_output: Any) -> None:
         """A step begins, if it runs the model."""
-        # With as few calls as may be: where nothing is in the caches each of them costs.
-        if self.step is not None:
+        if self._step is not None:
             self.close()
         recorder = switch._recorder
-        if recorder is None or recorder is not self._told:
+        if recorder is None or recorder is not self._told:  # nearly always it is, and two calls less are made
             recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
@@ -90,10 +88,7 @@ class WorkerSteps:
         if slow:  # this worker's relay may be another than the engine's
             recorder.send(frames.Keep(semconv.SLOW, list(slow)))
         ids = _new_tuple(Ids, (trace_id, new_bytes(8), span_id, kept))
-        step = new_step(Step, recorder, kind, (), None, ids, self.rank, number)
-        step.open()
-        if step.closed_ns == 0:
-            self.step = step
+        self._open(new_step(Step, recorder, kind, (), None, ids, self.rank, number))
 
     def open_dummy(self) -> None:
         """A step begins that only keeps the other ranks company: one stage, `forward`, and nothing inside it."""
@@ -113,14 +108,14 @@ class WorkerSteps:
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
-        step, self.step = self.step, None
+        step, self._step = self._step, None
         if step is not None:
             step.close(error)
 
     def _open(self, step: Step) -> None:
         step.open()
         if step.closed_ns == 0:
-            self.step = step
+            self._step = step
 
     def _recorder(self) -> Recorder | None:
         if self._warming_up:
@@ -147,11 +142,7 @@ def _of(worker: Any) -> WorkerSteps:
 
 def _end(worker: Any, error: type[BaseException] | None = None) -> None:
     try:
-        steps = worker.__dict__.get(_STEPS)
-        step = None if steps is None else steps.step
-        if step is not None:
-            steps.step = None
-            step.close(error)
+        _of(worker).close(error)
     except Exception:
         tracing.fault()
 
@@ -181,8 +172,9 @@ def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any
             _end(self, type(error))
             raise
         try:
-            if output is not None or not _of(self).samples:
-                _end(self)
+            steps = _of(self)
+            if output is not None or not steps.samples:
+                steps.close()
         except Exception:
             tracing.fault()
         return output
