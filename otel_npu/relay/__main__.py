@@ -42,12 +42,16 @@ class Life:
         self._descriptor = descriptor
 
     def begin(self) -> None:
-        """Become nobody's child, and say who this is."""
+        """Become nobody's child, in a process group of its own, and say who this is.
+
+        Not in a session of its own: to each session Linux gives a share of the processors (autogroup), and this is to
+        take part in the program's. Between shares a busy one could keep another waiting for half a minute.
+        """
         if self._descriptor is None:
             return
         if os.fork():
             os._exit(0)
-        os.setsid()
+        os.setpgid(0, 0)
         self.say(b"%d\n" % os.getpid())
 
     def say(self, words: bytes) -> None:

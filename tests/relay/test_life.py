@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers.traced import Programs, eventually
+from tests.helpers.traced import PATIENCE_SECONDS, Programs, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +28,9 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Iterator[Programs]:
-    with Programs(tmp_path) as running:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """In a folder with a short name: in a folder of its folder multiprocessing's fork server has its socket."""
+    with Programs(tmp_path_factory.mktemp("p")) as running:
         yield running
 
 
@@ -397,14 +398,24 @@ def test_a_process_of_another_user_is_turned_away(programs: Programs, receiver: 
     assert f"refused a connection: the other end of the socket is user {NOBODY}, not 0" in programs.log
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="what starts it can't join a process group before Python 3.11")
+def test_the_relay_takes_part_in_the_programs_share_of_the_processors(programs: Programs, receiver: Receiver) -> None:
+    """Which goes by session where Linux groups by that: a busy program could keep another session waiting for long."""
+    worker = programs.start(receiver.grpc_environment)
+    assert worker.ask("steps(1) and otel_npu.flush(20)") is True
+    assert os.getsid(programs.relay()) == os.getsid(worker.pid)
+
+
 # From the first client to the last
 
 
-def test_the_relay_has_a_session_of_its_own_and_ignores_interrupts(programs: Programs, receiver: Receiver) -> None:
+def test_the_relay_has_a_process_group_of_its_own_and_ignores_interrupts(
+    programs: Programs, receiver: Receiver
+) -> None:
     worker = programs.start(receiver.grpc_environment)
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
     relay = programs.relay()
-    assert os.getsid(relay) == relay != os.getsid(worker.pid)
+    assert os.getpgid(relay) == relay != os.getpgid(worker.pid)
     os.kill(relay, signal.SIGINT)
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
     assert programs.relay() == relay
@@ -527,6 +538,21 @@ def test_what_a_worker_has_sent_when_it_is_killed_in_mid_run_arrives(programs: P
     worker.process.wait()
     eventually(lambda: not programs.relays(), "the relay has ended")
     assert set(said) <= set(step_numbers(receiver.spans))
+
+
+def test_what_a_worker_has_sent_when_its_terminal_goes_arrives(programs: Programs, receiver: Receiver) -> None:
+    terminal, workers_end = os.openpty()
+    worker = programs.start(receiver.grpc_environment)
+    worker.ask("os.setsid()")
+    worker.ask(f"os.open({os.ttyname(workers_end)!r}, os.O_RDWR)")  # its controlling terminal from now on
+    assert worker.ask("steps(1) and otel_npu.flush(20)") is True
+    worker.ask("steps(2)")
+    assert eventually(lambda: worker.ask("recorder()._resolved_and_sent()"), "all is sent")
+    os.close(terminal)
+    assert worker.process.wait(PATIENCE_SECONDS) == -signal.SIGHUP
+    os.close(workers_end)
+    eventually(lambda: not programs.relays(), "the relay has ended")
+    assert step_numbers(receiver.spans) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
