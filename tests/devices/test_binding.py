@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.helpers import REPOSITORY
+from tests.helpers.traced import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -337,7 +338,7 @@ class TestRecording:
             end.record()
             fresh.record()
             with pytest.raises(RuntimeError, match="107028"):
-                end.query()
+                eventually(end.query, "the record has left the task queue; until then it says no")
         graph.replay()
         synchronize()
         assert end.query()

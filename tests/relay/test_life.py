@@ -543,6 +543,7 @@ def test_what_a_worker_has_sent_when_it_is_killed_in_mid_run_arrives(programs: P
 def test_what_a_worker_has_sent_when_its_terminal_goes_arrives(programs: Programs, receiver: Receiver) -> None:
     terminal, workers_end = os.openpty()
     worker = programs.start(receiver.grpc_environment)
+    worker.ask("__import__('signal').signal(1, 0)")  # tests may run under nohup
     worker.ask("os.setsid()")
     worker.ask(f"os.open({os.ttyname(workers_end)!r}, os.O_RDWR)")  # its controlling terminal from now on
     assert worker.ask("steps(1) and otel_npu.flush(20)") is True
