@@ -42,16 +42,12 @@ class Life:
         self._descriptor = descriptor
 
     def begin(self) -> None:
-        """Become nobody's child, in a process group of its own, and say who this is.
-
-        Not in a session of its own: to each session Linux gives a share of the processors (autogroup), and this is to
-        take part in the program's. Between shares a busy one could keep another waiting for half a minute.
-        """
+        """Become nobody's child, and say who this is."""
         if self._descriptor is None:
             return
         if os.fork():
             os._exit(0)
-        os.setpgid(0, 0)
+        os.setsid()
         self.say(b"%d\n" % os.getpid())
 
     def say(self, words: bytes) -> None:

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import socket
@@ -25,10 +25,6 @@ _starters: list[subprocess.Popen[bytes]] = []
 """Those that had not ended when nobody waited for their relay any more."""
 SERVING: Final = b"serving\n"
 """What a relay says of itself, after the number of its process, once it reads."""
-
-
-_APART: Final[dict[str, Any]] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-"""What the terminal's keys do to the program, they do not to the relay. See `Life.begin` on what a session costs."""
 
 
 class NoInterpreterError(Exception):
@@ -122,7 +118,7 @@ def start(listeners: Sequence[socket.socket], path: Path | None, more: Mapping[s
                 pass_fds=[*descriptors, relays_end],
                 stdin=subprocess.DEVNULL,
                 env=_environment(more),
-                **_APART,
+                start_new_session=True,
             )
         return StartedRelay(life, starter)
     except (OSError, ValueError) as error:

@@ -315,6 +315,9 @@ def run_cases(folder: Path, receiver: Receiver, *groups: list[dict[str, Any]]) -
     environment |= {
         **receiver.grpc_environment,
         "OTEL_BSP_SCHEDULE_DELAY": "100",
+        # A batch that takes longer than this, for want of a processor, comes twice.
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "120",
+        "OTEL_BSP_EXPORT_TIMEOUT": "120000",
         "OTEL_NPU_SESSION": f"true-time-{os.getpid()}",
         "XDG_RUNTIME_DIR": str(folder),
         "PYTHONPATH": str(REPOSITORY),
