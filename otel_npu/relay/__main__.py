@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from otel_npu.relay.server import DRAIN_SECONDS, Server
+from otel_npu.relay.server import MAX_DRAIN_SECONDS, Server
 from otel_npu.secrets import MaskingFormatter
 from otel_npu.wire import rendezvous
 from otel_npu.wire.start import SERVING
@@ -42,12 +42,16 @@ class Life:
         self._descriptor = descriptor
 
     def begin(self) -> None:
-        """Become nobody's child, and say who this is."""
+        """Become nobody's child, in a process group of its own, and say who this is.
+
+        Not in a session of its own: to each session Linux gives a share of the processors (autogroup), and this is to
+        take part in the program's. Between shares a busy one could keep another waiting for half a minute.
+        """
         if self._descriptor is None:
             return
         if os.fork():
             os._exit(0)
-        os.setsid()
+        os.setpgid(0, 0)
         self.say(b"%d\n" % os.getpid())
 
     def say(self, words: bytes) -> None:
@@ -68,10 +72,10 @@ class Life:
         if not poll.poll(0):  # somebody waits for this relay's end, and is there
             return
         _log.warning(
-            "the traced program has ended, and %d spans still wait for the endpoint: they have %.0f s, "
+            "the traced program has ended, and %d spans still wait for the endpoint: they do for %.0f s at most, "
             "and what becomes of them is said nowhere",
             spans,
-            DRAIN_SECONDS,
+            MAX_DRAIN_SECONDS,
         )
         logging.disable()
         self._descriptor = None

@@ -185,9 +185,9 @@ class Destination:
             self._resume_at = 0.0
 
     @property
-    def holds(self) -> bool:
-        """Whether anything waits or is under way."""
-        return bool(self.waiting or self.under_way)
+    def left(self) -> int:
+        """How many spans wait or are under way."""
+        return self._spans + sum(load.count for load in self.under_way)
 
     @property
     def over(self) -> bool:
@@ -202,7 +202,7 @@ class Destination:
 
     def tell(self) -> None:
         """Say what is wrong, if that was not said yet."""
-        if self.holds:
+        if self.left:
             self._availability.tell(self._now())
 
     def give_up(self) -> None:

@@ -118,14 +118,14 @@ class ExportQueue:
             lost, account.lost = account.lost, 0
             return in_time and not lost
 
-    def wait(self, timeout_seconds: float) -> bool:
-        """Export what is queued, for so long at most; whether all of it is dealt with."""
+    def wait(self, timeout_seconds: float) -> int:
+        """Export what is queued, for so long at most; how many spans are still to be dealt with, by all exporters."""
         with self._changed:
             self._hurry(None)
-            done = self._changed.wait_for(lambda: not any(one.holds for one in self._destinations), timeout_seconds)
+            self._changed.wait_for(lambda: not any(one.left for one in self._destinations), timeout_seconds)
             for destination in self._destinations:
                 destination.tell()
-            return done
+            return sum(destination.left for destination in self._destinations)
 
     def close(self, timeout_seconds: float) -> None:
         """Export what is queued, as far as time allows; what is left then is counted."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -49,8 +50,12 @@ _MAKE_SECONDS: Final = 0.02
 _MAKE_SECONDS_BEHIND: Final = 0.005
 _MAKE_SHARE_BEHIND: Final = 0.5
 DRAIN_SECONDS: Final = 5.0
+"""For how long it waits in the end for a receiver that takes nothing."""
+MAX_DRAIN_SECONDS: Final = 30.0
+"""And for one that takes something."""
 METRICS_SECONDS: Final = 2.0
-_DRAIN_LOOK_SECONDS: Final = 0.05
+_LAST_SECONDS: Final = 0.2
+DRAIN_LOOK_SECONDS: Final = 0.05
 _MAX_FLUSH_SECONDS: Final = 60.0
 _MAX_FLUSHES: Final = 64
 _FLUSH_LOOK_SECONDS: Final = 0.005
@@ -178,16 +183,17 @@ class Server:
             _log.warning("the relay's descriptors were closed under it, so what it held is lost: %s", error)
             self._clients.abandon()
         self._guarded(self._joiner.drain)
-        deadline = time.monotonic() + DRAIN_SECONDS
         export = self._making.all()
-        while not export.wait(_DRAIN_LOOK_SECONDS) and time.monotonic() < deadline:
-            if not len(self._clients):
-                exporting(sum(account.accepted - account.handled for account in self._owed))
-        export.close(max(0.1, deadline - time.monotonic()))
+        done = all_exported(export, lambda: self._tell_of_the_rest(exporting))
+        export.close(DRAIN_SECONDS if done else _LAST_SECONDS)
         if self._metrics is not None:  # after the spans, so that it says what became of them
-            self._metrics.close(min(METRICS_SECONDS, max(0.2, deadline - time.monotonic())))
+            self._metrics.close(METRICS_SECONDS if done else _LAST_SECONDS)
         self._log_drops()
         self._clients.close()
+
+    def _tell_of_the_rest(self, exporting: Callable[[int], None]) -> None:
+        if not len(self._clients):
+            exporting(sum(account.accepted - account.handled for account in self._owed))
 
     def _serve(self) -> None:
         wait_seconds = 0.0
@@ -208,8 +214,7 @@ class Server:
             # What is in the socket is read; what the client has still to say it keeps for the next relay.
             with contextlib.suppress(OSError):
                 client.connection.shutdown(socket.SHUT_RD)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while self._turn(0.0) and time.monotonic() < deadline:
+        while self._turn(0.0):
             pass
 
     def _deserted(self) -> bool:
@@ -475,6 +480,33 @@ def _export_queue(
     from otel_npu.relay.export import ExportQueue
 
     return ExportQueue(exporters() if callable(exporters) else exporters, drops, environment)
+
+
+class _Exporting(Protocol):
+    def wait(self, timeout_seconds: float) -> int:
+        """As `ExportQueue.wait`."""
+
+
+def all_exported(export: _Exporting, waits: Callable[[], None]) -> bool:
+    """Wait as long as spans get through; whether all did.
+
+    Counted in looks, not by the clock: a relay that gets too little of the processor is late, but loses nothing.
+
+    Args:
+        export: What is left, and on its way.
+        waits: Called after each look, while something is left.
+    """
+    least, in_vain = math.inf, 0
+    for _ in range(round(MAX_DRAIN_SECONDS / DRAIN_LOOK_SECONDS)):
+        left = export.wait(DRAIN_LOOK_SECONDS)
+        if not left:
+            return True
+        in_vain = 0 if left < least else in_vain + 1
+        least = min(least, left)
+        if in_vain * DRAIN_LOOK_SECONDS >= DRAIN_SECONDS:
+            break
+        waits()
+    return False
 
 
 def _span_limits() -> SpanLimits:

@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import socket
@@ -25,6 +26,12 @@ _starters: list[subprocess.Popen[bytes]] = []
 """Those that had not ended when nobody waited for their relay any more."""
 SERVING: Final = b"serving\n"
 """What a relay says of itself, after the number of its process, once it reads."""
+
+APART: Final[dict[str, Any]] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+"""What starts a process to which a terminal's keys do nothing, and whose children can be killed with it.
+
+Not by a session of its own, where it can be helped: see `relay.__main__.Life.begin` on what that costs.
+"""
 
 
 class NoInterpreterError(Exception):
@@ -112,13 +119,13 @@ def start(listeners: Sequence[socket.socket], path: Path | None, more: Mapping[s
     if path is not None:
         command += ["--socket", str(path)]
     try:
-        with _where_the_session_began():
+        with _where_the_session_began(), _deaf_to_the_terminal():
             starter = subprocess.Popen(  # noqa: S603
                 command,
                 pass_fds=[*descriptors, relays_end],
                 stdin=subprocess.DEVNULL,
                 env=_environment(more),
-                start_new_session=True,
+                **APART,
             )
         return StartedRelay(life, starter)
     except (OSError, ValueError) as error:
@@ -183,6 +190,19 @@ def _working_directory() -> str:
 def cpu_mask() -> str:
     """The processors on which the session's first process could run when it began."""
     return os.environ.setdefault(CPU_MASK, f"{sum(1 << cpu for cpu in os.sched_getaffinity(0)):x}")
+
+
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Block, for the moment, what a terminal sends: what this thread starts never hears of it.
+
+    SIGHUP comes without a terminal too: to a process that is stopped, when the one that has started it ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTTOU})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -190,7 +190,8 @@ class Server:
 
     def processes(self) -> list[int]:
         """Its processes, without the relay."""
-        return [pid for pid in processes() if _in_session(pid, self._process.pid)]
+        relays = self.relays()
+        return [pid for pid in processes() if pid not in relays and _in_session(pid, self._process.pid)]
 
     def relays(self) -> list[int]:
         """The relays that it has started."""
@@ -263,7 +264,7 @@ def free_port() -> int:
 
 
 def _in_session(pid: int, session: int) -> bool:
-    """Whether it lives (a zombie doesn't) and belongs to this session; the relay has one of its own."""
+    """Whether it lives (a zombie doesn't) and belongs to this session."""
     try:
         state, _, _, its_session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
     except OSError:

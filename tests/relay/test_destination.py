@@ -94,7 +94,7 @@ def test_what_is_taken_is_dealt_with() -> None:
     bench = Bench()
     bench.offer()
     bench.destination.done(bench.take(), TAKEN)
-    assert (bench.settled, bench.lost, bench.destination.holds) == (10, {}, False)
+    assert (bench.settled, bench.lost, bench.destination.left) == (10, {}, 0)
 
 
 def test_what_may_come_later_is_tried_again_ever_more_rarely_and_with_jitter() -> None:
@@ -199,7 +199,7 @@ def test_what_is_too_large_at_once_goes_in_halves() -> None:
     bench = Bench()
     bench.offer(11)
     sizes = []
-    while bench.destination.holds:
+    while bench.destination.left:
         load = bench.next()
         sizes.append(load.count)
         bench.destination.done(load, TooLarge("413: too large") if load.count > 3 else TAKEN)
@@ -267,7 +267,7 @@ def test_an_export_that_takes_too_long_is_left_and_tried_again_and_its_late_answ
     again = bench.next()
     assert again.body == load.body
     assert not bench.destination.done(load, REFUSED)
-    assert bench.destination.holds
+    assert bench.destination.left
     assert bench.destination.done(again, TAKEN)
     assert (bench.settled, bench.lost) == (10, {})
 
@@ -303,7 +303,7 @@ def test_what_has_to_wait_is_made_small_and_counted_as_small() -> None:
     assert len(bench.destination.waiting) == 31
     assert bench.lost == {}
     assert bench.destination._size == sum(load.size for load in bench.destination.waiting) < 20_000
-    while bench.destination.holds:
+    while bench.destination.left:
         load = bench.next()
         assert b"span9" in load.body
         bench.destination.done(load, TAKEN)
@@ -382,7 +382,7 @@ def test_an_outage_is_a_line_when_it_begins_one_a_minute_and_one_when_it_is_over
             bench.destination.done(bench.take(), AWAY)
         bench.destination.tick()
         bench.now += 1
-    while bench.destination.holds:
+    while bench.destination.left:
         bench.destination.done(bench.next(), TAKEN)
     began, after_one, after_two, back = (record.getMessage() for record in caplog.records)
     assert began == (

@@ -352,6 +352,34 @@ def test_stopping_reads_what_is_there_and_takes_no_more(relay: Relay) -> None:
     assert relay.exporter.steps() == list(range(500))
 
 
+LOOKS = round(server_module.DRAIN_SECONDS / server_module.DRAIN_LOOK_SECONDS)
+"""So many, in which nothing gets through, are enough."""
+
+
+@pytest.mark.parametrize(
+    ("left", "exported"),
+    [
+        pytest.param([], True, id="nothing waits"),
+        pytest.param([*[2] * LOOKS, *[1] * LOOKS], True, id="something gets through in time, again and again"),
+        pytest.param([2] * (LOOKS + 1), False, id="nothing gets through"),
+        pytest.param([1, *[2] * LOOKS], False, id="what is on its way comes back"),
+        pytest.param([*range(10_000, 0, -1)], False, id="it would take for ever"),
+    ],
+)
+def test_in_the_end_a_receiver_is_waited_for_as_long_as_something_gets_through(
+    left: list[int], *, exported: bool
+) -> None:
+    """Counted in looks: a relay that gets little of the processor takes fewer of them a second."""
+    looks = iter([*left, 0])
+
+    class Export:
+        def wait(self, timeout_seconds: float) -> int:
+            assert timeout_seconds == server_module.DRAIN_LOOK_SECONDS
+            return next(looks)
+
+    assert server_module.all_exported(Export(), lambda: None) is exported
+
+
 def test_a_client_that_says_hello_again_keeps_its_count_of_drops(relay: Relay, client: Client) -> None:
     client.greet()
     client.send(step(1, trace_id=b"", span_id=b"", dropped={"pool_exhausted": 3}))  # no trace: nothing shows it

@@ -20,19 +20,21 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu.settings import SESSION
 from otel_npu.wire import rendezvous
+from otel_npu.wire.start import APART
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 _log = logging.getLogger("otel_npu.relay")
 
-_DRAIN_SECONDS: Final = 6.0
+_DRAIN_SECONDS: Final = 31.0
+"""The relay gives up before that."""
 _LOG_BYTES: Final = 1 << 16
 _AT_THE_END_MS: Final = "86400000"
 
 
 class DemoRelay:
-    """Runs the relay's process, in a session of its own, while it is open.
+    """Runs the relay's process while it is open.
 
     Args:
         picture_url: Where the demo receives.
@@ -55,7 +57,7 @@ class DemoRelay:
                 stdin=subprocess.DEVNULL,
                 stderr=self._log,
                 env={**os.environ, "PYTHONSAFEPATH": "1"},
-                start_new_session=True,
+                **APART,
             )
 
     def __enter__(self) -> DemoRelay:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from otel_npu.cli.doctor import accelerator, endpoint, runtime
 from otel_npu.cli.doctor.findings import Finding, Status, failed, first_line, warning
+from otel_npu.wire.start import APART
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def run(name: str) -> list[Finding]:
             stdout=output,
             stderr=errors,
             env=environment,
-            start_new_session=True,
+            **APART,
         )
         try:
             code = process.wait(area.seconds)
