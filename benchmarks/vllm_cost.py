@@ -7,8 +7,8 @@ Needs vLLM, as `make test` installs it on x86-64 with Python 3.11. Run from the 
 Three servers with a tiny model run side by side: one with otel-npu on and two without it, all with vLLM's own tracing.
 They take turns at short rounds of requests, in an order that changes each time, so that a slower moment of the machine
 slows all of them; while one has its turn the others are stopped, with their relay. The ratio of the two without it
-(A/A) says how much of a difference is the method's own. Two starts of the same server are not equally fast: so all are
-started several times, each time in another order.
+(A/A) says how much of a difference is the method's own; the ratio to both of them together is the surest. Two starts
+of the same server are not equally fast: so all are started several times, each time in another order.
 
 A tiny model on a CPU makes steps of about a millisecond, all of it on the host. On a device a step takes longer, and
 meanwhile the host waits: `--device-ms` says how long. With 0 everything that any process does is in the others' way on
@@ -248,6 +248,8 @@ def main() -> None:
     print(f"{chosen.device_ms:g} ms a step on the device")
     print(f"without otel-npu: {statistics.fmean(off.tokens_per_second):.0f} tokens/s")
     print(f"throughput, on/off:  {ratio(on.tokens_per_second, off.tokens_per_second)}")
+    both = [math.sqrt(one * other) for one, other in zip(off.tokens_per_second, again.tokens_per_second, strict=True)]
+    print(f"throughput, on/both: {ratio(on.tokens_per_second, both)}")
     print(f"throughput, off/off: {ratio(again.tokens_per_second, off.tokens_per_second)}")
     print(f"a step in the worker, on - off:   {added(on.worker_us, off.worker_us)}")
     print(f"a step in the worker, off - off:  {added(again.worker_us, off.worker_us)}")
