@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 
 
 class Exporter(SpanExporter):
-    """Keeps spans. `hold` keeps it inside `export`; it fails for the spans that `refuses` tells it."""
+    """Keeps spans. `hold` keeps it inside `export`; it fails for the spans that `refuses` tells it.
+
+    Attributes:
+        takes_seconds: How long each export takes.
+    """
 
     def __init__(self) -> None:
         self.spans: list[ReadableSpan] = []
+        self.takes_seconds = 0.0
         self.holding = threading.Event()
         self.released = threading.Event()
         self.released.set()
@@ -39,6 +45,7 @@ class Exporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.holding.set()
         assert self.released.wait(PATIENCE_SECONDS)
+        time.sleep(self.takes_seconds)
         if any(self.refuses(span) for span in spans):
             return SpanExportResult.FAILURE
         self.spans += spans
@@ -378,6 +385,22 @@ def test_in_the_end_a_receiver_is_waited_for_as_long_as_something_gets_through(
             return next(looks)
 
     assert server_module.all_exported(Export(), lambda: None) is exported
+
+
+@pytest.mark.slow
+def test_a_slow_receiver_gets_all_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though that takes longer than one that takes nothing would be waited for."""
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "50")
+    monkeypatch.setattr(server_module, "DRAIN_SECONDS", 1.5)
+    relay = Relay()
+    relay.exporter.takes_seconds = 0.3
+    client = relay.client().greet()
+    for number in range(500):
+        client.send(step(number))
+    relay.server.stop()
+    relay.run()
+    relay.end()
+    assert relay.exporter.steps() == list(range(500))
 
 
 def test_a_client_that_says_hello_again_keeps_its_count_of_drops(relay: Relay, client: Client) -> None:
