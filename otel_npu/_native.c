@@ -24,7 +24,11 @@ static PyObject *test_clock; /* a clock in the place of the host's, for tests */
 #define NAMES(X) \
     X(again, "_enter_again") X(allow, "allow") X(another_pair, "_another_pair") \
     X(capture_check, "_capture_check") X(choose, "_choose") X(close, "close") \
-    X(device_index, "device_index") X(dues, "dues") \
+    X(device_index, "device_index") X(drafts, "scheduled_spec_decode_tokens") X(dues, "dues") \
+    X(finish_reason, "finish_reason") X(finished, "finished_req_ids") X(new_requests, "scheduled_new_reqs") \
+    X(new_tokens, "new_token_ids") X(outputs, "outputs") X(preempted, "preempted_req_ids") \
+    X(request_id, "request_id") X(scheduled_tokens, "num_scheduled_tokens") X(send_deferred, "send_deferred") \
+    X(total_tokens, "total_num_scheduled_tokens") \
     X(find_place, "_find_place") X(forward_context, "_forward_context") X(forward_module, "vllm.forward_context") \
     X(free, "free") X(graph_mode, "cudagraph_runtime_mode") X(handle, "handle") X(handles, "handles") \
     X(interval_ns, "interval_ns") X(let_go, "let_go") \
@@ -76,7 +80,8 @@ typedef struct {
     long long closed_ns, number, opened_ns;
     char bare, hang_reported;
     char chosen, kept;            /* whether its ids are these, and nobody has asked for `ids` yet */
-    unsigned char new_ids[16 + 8];
+    unsigned char trace_length, parent_length;
+    unsigned char new_ids[16 + 8 + 8]; /* the trace's, its own, its parent's */
 } StepRecord;
 
 typedef struct {
@@ -102,24 +107,29 @@ static PyTypeObject CaptureRecord_Type, Handle_Type, StageRecord_Type, StepRecor
 #define VISIT(field) Py_VISIT(self->field);
 #define CLEAR(field) Py_CLEAR(self->field);
 
-static int capture_traverse(CaptureRecord *self, visitproc visit, void *arg)
-{
-    VISIT_CAPTURE(VISIT)
-    return 0;
-}
+/* How the garbage collector goes through a record, and how it is let go. */
+#define RECORD(Record, record, FIELDS) \
+    static int record##_traverse(Record *self, visitproc visit, void *arg) \
+    { \
+        FIELDS(VISIT) \
+        return 0; \
+    } \
+    static int record##_clear(Record *self) \
+    { \
+        FIELDS(CLEAR) \
+        return 0; \
+    } \
+    static void record##_dealloc(Record *self) \
+    { \
+        PyObject_GC_UnTrack(self); \
+        record##_clear(self); \
+        Py_TYPE(self)->tp_free((PyObject *)self); \
+    }
 
-static int capture_clear(CaptureRecord *self)
-{
-    VISIT_CAPTURE(CLEAR)
-    return 0;
-}
-
-static void capture_dealloc(CaptureRecord *self)
-{
-    PyObject_GC_UnTrack(self);
-    capture_clear(self);
-    Py_TYPE(self)->tp_free((PyObject *)self);
-}
+RECORD(CaptureRecord, capture, VISIT_CAPTURE)
+RECORD(ThreadRecord, thread, VISIT_THREAD)
+RECORD(StepRecord, step, VISIT_STEP)
+RECORD(StageRecord, stage, VISIT_STAGE)
 
 static PyObject *capture_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
@@ -128,63 +138,6 @@ static PyObject *capture_new(PyTypeObject *type, PyObject *args, PyObject *keywo
     if (self != NULL)
         self->serial = ++captures;
     return (PyObject *)self;
-}
-
-static int thread_traverse(ThreadRecord *self, visitproc visit, void *arg)
-{
-    VISIT_THREAD(VISIT)
-    return 0;
-}
-
-static int thread_clear(ThreadRecord *self)
-{
-    VISIT_THREAD(CLEAR)
-    return 0;
-}
-
-static void thread_dealloc(ThreadRecord *self)
-{
-    PyObject_GC_UnTrack(self);
-    thread_clear(self);
-    Py_TYPE(self)->tp_free((PyObject *)self);
-}
-
-static int step_traverse(StepRecord *self, visitproc visit, void *arg)
-{
-    VISIT_STEP(VISIT)
-    return 0;
-}
-
-static int step_clear(StepRecord *self)
-{
-    VISIT_STEP(CLEAR)
-    return 0;
-}
-
-static void step_dealloc(StepRecord *self)
-{
-    PyObject_GC_UnTrack(self);
-    step_clear(self);
-    Py_TYPE(self)->tp_free((PyObject *)self);
-}
-
-static int stage_traverse(StageRecord *self, visitproc visit, void *arg)
-{
-    VISIT_STAGE(VISIT)
-    return 0;
-}
-
-static int stage_clear(StageRecord *self)
-{
-    VISIT_STAGE(CLEAR)
-    return 0;
-}
-
-static void stage_dealloc(StageRecord *self)
-{
-    PyObject_GC_UnTrack(self);
-    stage_clear(self);
-    Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
 static PyMemberDef capture_members[] = {
@@ -224,9 +177,10 @@ static PyMemberDef step_members[] = {
 
 static PyMemberDef stage_members[] = {
 #define MEMBER(field) {#field, T_OBJECT_EX, offsetof(StageRecord, field), 0, NULL},
-    MEMBER(attributes) MEMBER(device_ns) MEMBER(duration_ns) MEMBER(error) MEMBER(name) MEMBER(pair) MEMBER(step)
-    MEMBER(stream)
+    MEMBER(attributes) MEMBER(error) MEMBER(name) MEMBER(pair) MEMBER(step) MEMBER(stream)
 #undef MEMBER
+    {"device_ns", T_OBJECT, offsetof(StageRecord, device_ns), 0, NULL},
+    {"duration_ns", T_OBJECT, offsetof(StageRecord, duration_ns), 0, NULL},
     {"capture", T_OBJECT_EX, offsetof(StageRecord, capture), READONLY, NULL},
     {"entered_ns", T_LONGLONG, offsetof(StageRecord, entered_ns), 0, NULL},
     {"exited_ns", T_LONGLONG, offsetof(StageRecord, exited_ns), 0, NULL},
@@ -366,7 +320,9 @@ static int choose(StepRecord *step)
     if (kept < 0)
         return -1;
     unsigned long long bytes[3] = {next_random(), next_random(), next_random()};
-    memcpy(step->new_ids, bytes, sizeof step->new_ids);
+    memcpy(step->new_ids, bytes, sizeof bytes);
+    step->trace_length = 16;
+    step->parent_length = 0;
     step->kept = (char)kept;
     step->chosen = 1;
     return 0;
@@ -376,8 +332,10 @@ static int choose(StepRecord *step)
 static PyObject *step_get_ids(StepRecord *self, void *closure)
 {
     if (self->chosen) {
-        PyObject *fields = Py_BuildValue("((y#y#y#O))", self->new_ids, (Py_ssize_t)16, self->new_ids + 16,
-                                         (Py_ssize_t)8, "", (Py_ssize_t)0, self->kept ? Py_True : Py_False);
+        PyObject *fields =
+            Py_BuildValue("((y#y#y#O))", self->new_ids, (Py_ssize_t)self->trace_length, self->new_ids + 16,
+                          (Py_ssize_t)8, self->new_ids + 24, (Py_ssize_t)self->parent_length,
+                          self->kept ? Py_True : Py_False);
         PyObject *ids = fields == NULL ? NULL : PyTuple_Type.tp_new(Ids, fields, NULL);
         Py_XDECREF(fields);
         if (ids == NULL)
@@ -476,7 +434,7 @@ static int begin_step(StepRecord *self)
         self->number = PyLong_AsLongLong(number);
         Py_DECREF(number);
     }
-    if (ABSENT(self->ids) && choose(self) < 0)
+    if (!self->chosen && ABSENT(self->ids) && choose(self) < 0)
         return -1;
     if (now_ns(&self->opened_ns) < 0)
         return -1;
@@ -701,7 +659,7 @@ static PyObject *find_stream(CaptureRecord *capture)
 static PyObject *find_pair(StageRecord *self, PyObject *step, PyObject *stream)
 {
     PyObject *pair = NULL;
-    int timed = flag(stream, str_timed);
+    int timed = stream == host_stream ? 0 : flag(stream, str_timed);
     if (timed < 0)
         return NULL;
     if (!timed) {
@@ -734,7 +692,7 @@ static int enter(StageRecord *self, PyObject **pair)
         return step == NULL ? -1 : 0;
     }
     PyObject *stream = self->host ? Py_NewRef(host_stream) : find_stream((CaptureRecord *)self->capture);
-    int side = stream == NULL ? -1 : flag(stream, str_side);
+    int side = stream == NULL ? -1 : stream == host_stream ? 0 : flag(stream, str_side);
     if (side < 0 || (*pair = find_pair(self, step, stream)) == NULL)
         goto failed;
     if (side) {
@@ -1091,6 +1049,525 @@ static PyObject *scope_in_front(PyObject *module, PyObject *args)
     return PyCFunction_New(&definition, NULL);
 }
 
+/* vLLM's functions with ours round them, for the usual step; for any other what is in `vllm/worker.py` and `vllm/engine.py` is called.
+   What runs round them in Python would be half a dozen functions at each step, all of them out of the caches. */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *rank, *step, *told;
+    char usual;
+} WorkerRecord;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *deferred;
+    long long deferred_since_ns;
+} ChannelRecord;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *kind, *span_id, *tokens;
+    long long repeated;
+} ListedRecord;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *channel, *frame, *limiter, *listed, *running, *slow, *step_numbers, *told, *word;
+} EngineRecord;
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject *attributes, *inside, *otherwise, *after, *record;
+} Around;
+
+#define VISIT_WORKER(X) X(rank) X(step) X(told)
+#define VISIT_CHANNEL(X) X(deferred)
+#define VISIT_LISTED(X) X(kind) X(span_id) X(tokens)
+#define VISIT_ENGINE(X) X(channel) X(frame) X(limiter) X(listed) X(running) X(slow) X(step_numbers) X(told) X(word)
+#define VISIT_AROUND(X) X(attributes) X(inside) X(otherwise) X(after) X(record)
+
+RECORD(WorkerRecord, worker, VISIT_WORKER)
+RECORD(ChannelRecord, channel, VISIT_CHANNEL)
+RECORD(ListedRecord, listed, VISIT_LISTED)
+RECORD(EngineRecord, engine, VISIT_ENGINE)
+RECORD(Around, around, VISIT_AROUND)
+
+#define RECORD_TYPE(Record, record, MORE) \
+    static PyTypeObject Record##_Type = { \
+        PyVarObject_HEAD_INIT(NULL, 0) \
+        .tp_name = "otel_npu._native." #Record, \
+        .tp_basicsize = sizeof(Record), \
+        .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | MORE, \
+        .tp_new = PyType_GenericNew, \
+        .tp_dealloc = (destructor)record##_dealloc, \
+        .tp_traverse = (traverseproc)record##_traverse, \
+        .tp_clear = (inquiry)record##_clear, \
+        .tp_members = record##_members, \
+    };
+
+#define OBJECT(Record, field) {#field, T_OBJECT, offsetof(Record, field), 0, NULL},
+#define NUMBER(Record, field) {#field, T_LONGLONG, offsetof(Record, field), 0, NULL},
+
+static PyMemberDef worker_members[] = {
+    OBJECT(WorkerRecord, rank) OBJECT(WorkerRecord, step) OBJECT(WorkerRecord, told)
+    {"usual", T_BOOL, offsetof(WorkerRecord, usual), 0, NULL},
+    {NULL},
+};
+RECORD_TYPE(WorkerRecord, worker, Py_TPFLAGS_BASETYPE)
+
+static PyMemberDef channel_members[] = {
+    OBJECT(ChannelRecord, deferred) NUMBER(ChannelRecord, deferred_since_ns)
+    {NULL},
+};
+RECORD_TYPE(ChannelRecord, channel, Py_TPFLAGS_BASETYPE)
+
+static PyMemberDef listed_members[] = {
+    OBJECT(ListedRecord, kind) OBJECT(ListedRecord, span_id) OBJECT(ListedRecord, tokens)
+    NUMBER(ListedRecord, repeated)
+    {NULL},
+};
+RECORD_TYPE(ListedRecord, listed, Py_TPFLAGS_BASETYPE)
+
+static PyMemberDef engine_members[] = {
+    OBJECT(EngineRecord, channel) OBJECT(EngineRecord, frame) OBJECT(EngineRecord, limiter)
+    OBJECT(EngineRecord, listed) OBJECT(EngineRecord, running) OBJECT(EngineRecord, slow)
+    OBJECT(EngineRecord, step_numbers) OBJECT(EngineRecord, told) OBJECT(EngineRecord, word)
+    {NULL},
+};
+RECORD_TYPE(EngineRecord, engine, Py_TPFLAGS_BASETYPE)
+
+static struct {
+    PyObject *steps, *step, *fault, *no_drops; /* names of attributes, and what is told of an error of ours */
+    long long most_deferred, deferred_ns, list_every, most_running;
+} hooks;
+
+static PyObject *use_hooks(PyObject *module, PyObject *args)
+{
+    PyObject *steps, *step, *fault;
+    if (!PyArg_ParseTuple(args, "UUOLLLL", &steps, &step, &fault, &hooks.most_deferred, &hooks.deferred_ns,
+                          &hooks.list_every, &hooks.most_running))
+        return NULL;
+    GIVE(hooks.steps, Py_NewRef(steps));
+    GIVE(hooks.step, Py_NewRef(step));
+    GIVE(hooks.fault, Py_NewRef(fault));
+    if (hooks.no_drops == NULL)
+        hooks.no_drops = PyDict_New();
+    Py_RETURN_NONE;
+}
+
+/* Tell of an error of ours, so that it is not the caller's; -1 if it was none of ours, and goes on. */
+static int tell_fault(void)
+{
+    PyObject *error = take_error(), *told = PyObject_CallOneArg(hooks.fault, error);
+    Py_XDECREF(told);
+    Py_DECREF(error);
+    return told == NULL ? -1 : 0;
+}
+
+/* An attribute that may not be there: NULL, without an error, if it is not. */
+static PyObject *look_up(PyObject *object, PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+    if (found == NULL && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear();
+    return found;
+}
+
+/* Whether what an attribute holds is empty, None, or not there; -1 with an error. */
+static int is_empty(PyObject *object, PyObject *name)
+{
+    PyObject *held = look_up(object, name);
+    if (held == NULL)
+        return PyErr_Occurred() ? -1 : 1;
+    Py_ssize_t length = held == Py_None ? 0 : PyObject_Length(held);
+    Py_DECREF(held);
+    return length < 0 ? -1 : length == 0;
+}
+
+/* A worker's record; NULL, without an error, where it has none yet. */
+static WorkerRecord *record_of(PyObject *worker)
+{
+    PyObject *found = look_up(worker, hooks.steps);
+    if (found != NULL && !PyObject_TypeCheck(found, &WorkerRecord_Type))
+        Py_CLEAR(found);
+    return (WorkerRecord *)found;
+}
+
+/* Opens the step of a scheduler's output, as `WorkerSteps.open` does; 0 if it is not a usual one, -1 with an error. */
+static int open_usual(WorkerRecord *worker, PyObject *output)
+{
+    PyObject *capture = capturing();
+    if (!worker->usual || !ABSENT(worker->step) || capture == NULL || capture != worker->told)
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *told = look_up(output, hooks.step), *tokens = NULL;
+    if (told != NULL && PyTuple_CheckExact(told) && PyTuple_GET_SIZE(told) == 6)
+        tokens = PyObject_GetAttr(output, str_total_tokens);
+    int runs = tokens == NULL ? 0 : PyObject_IsTrue(tokens);
+    Py_XDECREF(tokens);
+    if (runs < 1) {
+        Py_XDECREF(told);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    PyObject *trace_id = PyTuple_GET_ITEM(told, 0), *parent_id = PyTuple_GET_ITEM(told, 1),
+             *kind = PyTuple_GET_ITEM(told, 3), *slow = PyTuple_GET_ITEM(told, 5);
+    StepRecord *step = NULL;
+    int usual = PyBytes_Check(trace_id) && PyBytes_GET_SIZE(trace_id) <= 16 && PyBytes_Check(parent_id) &&
+                PyBytes_GET_SIZE(parent_id) <= 8 && PyTuple_Check(slow) && !PyTuple_GET_SIZE(slow);
+    long long number = usual ? PyLong_AsLongLong(PyTuple_GET_ITEM(told, 2)) : 0;
+    if (usual && !PyErr_Occurred())
+        step = make_step(front.Step, capture, kind, front.no_requests, Py_None);
+    if (step != NULL) {
+        unsigned long long span_id = next_random();
+        step->number = number;
+        step->trace_length = (unsigned char)PyBytes_GET_SIZE(trace_id);
+        step->parent_length = (unsigned char)PyBytes_GET_SIZE(parent_id);
+        memcpy(step->new_ids, PyBytes_AS_STRING(trace_id), step->trace_length);
+        memcpy(step->new_ids + 16, &span_id, 8);
+        memcpy(step->new_ids + 24, PyBytes_AS_STRING(parent_id), step->parent_length);
+        step->kept = PyTuple_GET_ITEM(told, 4) == Py_True;
+        step->chosen = 1;
+        GIVE(step->rank, Py_XNewRef(worker->rank));
+    }
+    Py_DECREF(told);
+    if (step == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *opened = step_open(step, NULL);
+    Py_XDECREF(opened);
+    if (opened != NULL && step->closed_ns == 0)
+        GIVE(worker->step, Py_NewRef((PyObject *)step));
+    Py_DECREF(step);
+    return opened == NULL ? -1 : 1;
+}
+
+/* Closes a worker's step, if it has one open, as `WorkerSteps.close` does; -1 with an error that goes on. */
+static int close_usual(WorkerRecord *worker, PyObject *error)
+{
+    StepRecord *step = (StepRecord *)worker->step;
+    if (ABSENT((PyObject *)step) || !PyObject_TypeCheck((PyObject *)step, &StepRecord_Type))
+        return 0;
+    worker->step = NULL;
+    int failed = step->closed_ns == 0 ? close_step(step, error) : 0;
+    Py_DECREF(step);
+    return failed < 0 ? tell_fault() : 0;
+}
+
+/* The same once vLLM has come back with this result, or NULL with its error; the result. Takes the record over. */
+static PyObject *close_after(WorkerRecord *worker, PyObject *result)
+{
+    PyObject *type = Py_None, *value = NULL, *traceback = NULL;
+    if (result == NULL)
+        PyErr_Fetch(&type, &value, &traceback);
+    int failed = close_usual(worker, type);
+    Py_DECREF(worker);
+    if (result == NULL && !failed)
+        PyErr_Restore(type, value, traceback);
+    else if (result == NULL) {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(traceback);
+    }
+    if (failed)
+        Py_CLEAR(result);
+    return result;
+}
+
+/* `Worker.execute_model`: its step ends here where the output is returned. */
+static PyObject *execute_model(PyObject *callable, PyObject *const *args, size_t flags, PyObject *keywords)
+{
+    Around *self = (Around *)callable;
+    WorkerRecord *worker = PyVectorcall_NARGS(flags) == 2 && keywords == NULL ? record_of(args[0]) : NULL;
+    int opened = worker == NULL ? 0 : open_usual(worker, args[1]);
+    if (opened < 0 || PyErr_Occurred())
+        opened = tell_fault();
+    if (opened < 1) {
+        Py_XDECREF(worker);
+        return opened < 0 ? NULL : PyObject_Vectorcall(self->otherwise, args, flags, keywords);
+    }
+    PyObject *result = PyObject_Vectorcall(self->inside, args, flags, keywords);
+    if (result != Py_None)
+        return close_after(worker, result);
+    Py_DECREF(worker);
+    return result;
+}
+
+/* `Worker.sample_tokens`: the step ends. */
+static PyObject *sample_tokens(PyObject *callable, PyObject *const *args, size_t flags, PyObject *keywords)
+{
+    Around *self = (Around *)callable;
+    WorkerRecord *worker = PyVectorcall_NARGS(flags) ? record_of(args[0]) : NULL;
+    if (worker == NULL) {
+        if (PyErr_Occurred() && tell_fault() < 0)
+            return NULL;
+        return PyObject_Vectorcall(self->otherwise, args, flags, keywords);
+    }
+    return close_after(worker, PyObject_Vectorcall(self->inside, args, flags, keywords));
+}
+
+/* `Channel.defer` without drop counts. */
+static int defer(PyObject *channel, PyObject *make, PyObject *arguments, long long at_ns)
+{
+    if (channel == NULL || !PyObject_TypeCheck(channel, &ChannelRecord_Type) || arguments == NULL || make == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "not a channel");
+        return -1;
+    }
+    ChannelRecord *to = (ChannelRecord *)channel;
+    PyObject *entry = PyTuple_Pack(3, hooks.no_drops, make, arguments);
+    Py_ssize_t waiting = entry == NULL ? -1 : PyObject_Length(to->deferred);
+    if (!waiting)
+        to->deferred_since_ns = at_ns;
+    PyObject *given[] = {to->deferred, entry};
+    PyObject *done = waiting < 0 ? NULL : PyObject_Vectorcall(append, given, 2, NULL);
+    Py_XDECREF(entry);
+    if (done != NULL && (waiting + 1 >= hooks.most_deferred || at_ns - to->deferred_since_ns > hooks.deferred_ns)) {
+        Py_DECREF(done);
+        done = PyObject_CallMethodNoArgs(channel, str_send_deferred);
+    }
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* Tells of a step that is for the same requests as the one before it, as `EngineSteps._scheduled` does; 0 if it is none. */
+static int tell_repeated(EngineRecord *engine, PyObject *output, long long opened_ns)
+{
+    CaptureRecord *recorder = (CaptureRecord *)capturing();
+    if (recorder == NULL || (PyObject *)recorder != engine->told || ABSENT(engine->listed) ||
+        !PyObject_TypeCheck(engine->listed, &ListedRecord_Type) || PyObject_Length(engine->slow))
+        return PyErr_Occurred() ? -1 : 0;
+    ListedRecord *listed = (ListedRecord *)engine->listed;
+    if (ABSENT(listed->span_id) || listed->repeated + 1 >= hooks.list_every)
+        return 0;
+    int nothing_new = is_empty(output, str_finished);
+    if (nothing_new == 1)
+        nothing_new = is_empty(output, str_new_requests);
+    if (nothing_new == 1)
+        nothing_new = is_empty(output, str_preempted);
+    if (nothing_new < 1)
+        return nothing_new;
+    PyObject *tokens = PyObject_GetAttr(output, str_scheduled_tokens),
+             *total = tokens == NULL ? NULL : PyObject_GetAttr(output, str_total_tokens);
+    int same = total == NULL ? -1 : PyObject_RichCompareBool(tokens, listed->tokens, Py_EQ);
+    Py_ssize_t requests = same == 1 ? PyObject_Length(tokens) : 0;
+    long long count = same == 1 ? PyLong_AsLongLong(total) : 0, scheduled_ns = 0;
+    Py_XDECREF(tokens);
+    if (same < 1 || count < 1 || PyErr_Occurred() || now_ns(&scheduled_ns) < 0) {
+        Py_XDECREF(total);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    listed->repeated++;
+    unsigned long long random[3] = {next_random(), next_random(), next_random()};
+    int kept = recorder->root_traces ? allow(engine->limiter, listed->kind) : 0, failed = -1;
+    PyObject *is_kept = kept ? Py_True : Py_False, *number = kept < 0 ? NULL : PyIter_Next(engine->step_numbers);
+    PyObject *trace_id = PyBytes_FromStringAndSize((char *)(random + 1), recorder->root_traces ? 16 : 0),
+             *span_id = PyBytes_FromStringAndSize((char *)random, 8), *told = NULL, *running = NULL,
+             *arguments = NULL;
+    if (number != NULL && trace_id != NULL && span_id != NULL) {
+        told = PyTuple_Pack(6, trace_id, span_id, number, listed->kind, is_kept, front.no_requests);
+        running = Py_BuildValue("L(Oi)OO", opened_ns, listed->kind, 64 - __builtin_clzll((unsigned long long)count),
+                                is_kept, listed);
+        arguments = Py_BuildValue("OOOOLLOnOO", trace_id, span_id, number, listed->kind, opened_ns, scheduled_ns,
+                                  total, requests, is_kept, listed->span_id);
+    }
+    if (told != NULL && running != NULL && arguments != NULL &&
+        PyDict_SetItem(engine->running, span_id, running) == 0 && PyObject_SetAttr(output, hooks.step, told) == 0)
+        failed = defer(engine->channel, engine->frame, arguments, scheduled_ns);
+    PyObject *first = NULL;
+    Py_ssize_t at = 0;
+    if (!failed && PyDict_GET_SIZE(engine->running) > hooks.most_running && PyDict_Next(engine->running, &at, &first, NULL)) {
+        Py_INCREF(first);
+        failed = PyDict_DelItem(engine->running, first); /* of those before them no output will come */
+        Py_DECREF(first);
+    }
+    Py_XDECREF(arguments);
+    Py_XDECREF(running);
+    Py_XDECREF(told);
+    Py_XDECREF(span_id);
+    Py_XDECREF(trace_id);
+    Py_XDECREF(number);
+    Py_DECREF(total);
+    return failed ? -1 : 1;
+}
+
+/* `Scheduler.schedule`: a step begins. */
+static PyObject *schedule(PyObject *callable, PyObject *const *args, size_t flags, PyObject *keywords)
+{
+    Around *self = (Around *)callable;
+    long long opened_ns;
+    if (now_ns(&opened_ns) < 0)
+        return NULL;
+    PyObject *output = PyObject_Vectorcall(self->inside, args, flags, keywords);
+    if (output == NULL)
+        return NULL;
+    int told = tell_repeated((EngineRecord *)self->record, output, opened_ns);
+    if (!told) {
+        PyObject *done = PyObject_CallFunction(self->after, "OL", output, opened_ns);
+        told = done == NULL ? -1 : 1;
+        Py_XDECREF(done);
+    } else if (told < 0)
+        told = tell_fault();
+    if (told < 0)
+        Py_CLEAR(output);
+    return output;
+}
+
+/* Whether an output is one more token of a request of the step, which goes on; -1 with an error. */
+static int goes_on(PyObject *output, PyObject *tokens)
+{
+    PyObject *reason = PyObject_GetAttr(output, str_finish_reason);
+    int is = reason == NULL ? -1 : reason == Py_None;
+    Py_XDECREF(reason);
+    PyObject *new_tokens = is == 1 ? PyObject_GetAttr(output, str_new_tokens) : NULL;
+    if (is == 1) {
+        Py_ssize_t length = new_tokens == NULL ? -1 : PyObject_Length(new_tokens);
+        is = length < 0 ? -1 : length == 1;
+        Py_XDECREF(new_tokens);
+    }
+    PyObject *request = is == 1 ? PyObject_GetAttr(output, str_request_id) : NULL;
+    if (is == 1) {
+        is = request == NULL ? -1 : PyDict_Contains(tokens, request);
+        Py_XDECREF(request);
+    }
+    return is;
+}
+
+/* Tells of the output of a step, if it is a token for each of its requests, as `EngineSteps._updated` does; 0 if not. */
+static int tell_each_has_one(EngineRecord *engine, PyObject *output, PyObject *result)
+{
+    PyObject *recorder = capturing(), *of = result, *key;
+    Py_ssize_t at = 0;
+    if (recorder == NULL || recorder != engine->told ||
+        (PyDict_Check(result) && (PyDict_GET_SIZE(result) != 1 || !PyDict_Next(result, &at, &key, &of))))
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *told = look_up(output, hooks.step);
+    if (told == NULL || !PyTuple_CheckExact(told) || PyTuple_GET_SIZE(told) != 6) {
+        Py_XDECREF(told);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    PyObject *span_id = Py_NewRef(PyTuple_GET_ITEM(told, 1)), *outputs = NULL, *arguments = NULL;
+    PyObject *running = PyDict_GetItemWithError(engine->running, span_id);
+    Py_XINCREF(running);
+    Py_DECREF(told);
+    int all = running != NULL && PyTuple_CheckExact(running) && PyTuple_GET_SIZE(running) == 4 &&
+              PyObject_TypeCheck(PyTuple_GET_ITEM(running, 3), &ListedRecord_Type);
+    PyObject *tokens = all ? ((ListedRecord *)PyTuple_GET_ITEM(running, 3))->tokens : NULL;
+    if (all) {
+        outputs = PyObject_GetAttr(of, str_outputs);
+        all = outputs != NULL && PyList_CheckExact(outputs) && PyDict_CheckExact(tokens) &&
+              PyList_GET_SIZE(outputs) == PyDict_GET_SIZE(tokens);
+    }
+    for (Py_ssize_t index = 0; all == 1 && index < PyList_GET_SIZE(outputs); index++)
+        all = goes_on(PyList_GET_ITEM(outputs, index), tokens);
+    long long updated_ns;
+    if (all == 1) {
+        all = -1;
+        if (now_ns(&updated_ns) == 0 && PyDict_DelItem(engine->running, span_id) == 0)
+            arguments = Py_BuildValue("OOLOi", recorder, span_id, updated_ns, running, 1);
+        if (arguments != NULL && defer(engine->channel, engine->word, arguments, updated_ns) == 0)
+            all = 1;
+    }
+    Py_XDECREF(arguments);
+    Py_XDECREF(outputs);
+    Py_XDECREF(running);
+    Py_DECREF(span_id);
+    return PyErr_Occurred() ? -1 : all;
+}
+
+/* `Scheduler.update_from_output`: a step has its output. */
+static PyObject *update_from_output(PyObject *callable, PyObject *const *args, size_t flags, PyObject *keywords)
+{
+    Around *self = (Around *)callable;
+    int usual = PyVectorcall_NARGS(flags) == 2 && keywords == NULL ? is_empty(args[0], str_drafts) : 0;
+    if (usual < 1) {
+        if (usual < 0 && tell_fault() < 0)
+            return NULL;
+        return PyObject_Vectorcall(self->otherwise, args, flags, keywords);
+    }
+    PyObject *result = PyObject_Vectorcall(self->inside, args, flags, keywords);
+    if (result == NULL)
+        return NULL;
+    int told = tell_each_has_one((EngineRecord *)self->record, args[0], result);
+    if (!told) {
+        PyObject *done = PyObject_CallFunctionObjArgs(self->after, args[0], Py_None, result, NULL);
+        told = done == NULL ? -1 : 1;
+        Py_XDECREF(done);
+    } else if (told < 0)
+        told = tell_fault();
+    if (told < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+static PyObject *around_get(PyObject *self, PyObject *object, PyObject *type)
+{
+    return object == NULL || object == Py_None ? Py_NewRef(self) : PyMethod_New(self, object);
+}
+
+static PyGetSetDef around_attributes[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL, NULL},
+    {NULL},
+};
+
+static PyTypeObject Around_Type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "otel_npu._native.Around",
+    .tp_basicsize = sizeof(Around),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,
+    .tp_call = PyVectorcall_Call,
+    .tp_vectorcall_offset = offsetof(Around, call),
+    .tp_descr_get = around_get,
+    .tp_dictoffset = offsetof(Around, attributes),
+    .tp_getset = around_attributes,
+    .tp_dealloc = (destructor)around_dealloc,
+    .tp_traverse = (traverseproc)around_traverse,
+    .tp_clear = (inquiry)around_clear,
+};
+
+static PyObject *put_around(vectorcallfunc call, PyObject *inside, PyObject *otherwise, PyObject *after, PyObject *record)
+{
+    Around *around = (Around *)Around_Type.tp_alloc(&Around_Type, 0);
+    if (around != NULL) {
+        around->call = call;
+        around->inside = Py_XNewRef(inside);
+        around->otherwise = Py_XNewRef(otherwise);
+        around->after = Py_XNewRef(after);
+        around->record = Py_XNewRef(record);
+    }
+    return (PyObject *)around;
+}
+
+/* Each of these takes the function inside, and what stands for it in Python. */
+
+static PyObject *around_execute_model(PyObject *module, PyObject *args)
+{
+    PyObject *inside, *otherwise;
+    return PyArg_ParseTuple(args, "OO", &inside, &otherwise) ? put_around(execute_model, inside, otherwise, NULL, NULL)
+                                                             : NULL;
+}
+
+static PyObject *around_sample_tokens(PyObject *module, PyObject *args)
+{
+    PyObject *inside, *otherwise;
+    return PyArg_ParseTuple(args, "OO", &inside, &otherwise) ? put_around(sample_tokens, inside, otherwise, NULL, NULL)
+                                                             : NULL;
+}
+
+static PyObject *around_schedule(PyObject *module, PyObject *args)
+{
+    PyObject *inside, *after, *record;
+    return PyArg_ParseTuple(args, "OOO!", &inside, &after, &EngineRecord_Type, &record)
+               ? put_around(schedule, inside, NULL, after, record)
+               : NULL;
+}
+
+static PyObject *around_update(PyObject *module, PyObject *args)
+{
+    PyObject *inside, *otherwise, *after, *record;
+    return PyArg_ParseTuple(args, "OOOO!", &inside, &otherwise, &after, &EngineRecord_Type, &record)
+               ? put_around(update_from_output, inside, otherwise, after, record)
+               : NULL;
+}
+
 /* A function of ours with the name, the signature and the text of the one in Python that it goes before. */
 static PyObject *stand_before(PyObject *function, PyMethodDef *definition, const char *signature, PyObject *module)
 {
@@ -1303,8 +1780,11 @@ static int put_attributes(Packet *packet, PyObject *object, PyObject *encode)
     return 0;
 }
 
+/* Of a stream; the host's only one is the first of the first device. */
 static int put_attribute(Packet *packet, PyObject *object, PyObject *name)
 {
+    if (object == host_stream)
+        return put_int(packet, 0);
     PyObject *value = PyObject_GetAttr(object, name);
     int put = value == NULL ? -1 : put_int_object(packet, value);
     Py_XDECREF(value);
@@ -1336,10 +1816,14 @@ static int put_ids(Packet *packet, StepRecord *step)
 {
     PyObject *ids = step->ids;
     if (step->chosen) {
-        char bytes[] = "\xc4\x10................\xc4\x08........\xc4\0";
-        memcpy(bytes + 2, step->new_ids, 16);
-        memcpy(bytes + 20, step->new_ids + 16, 8);
-        return put_raw(packet, bytes, 30);
+        const char *bytes = (const char *)step->new_ids;
+        return put_big_endian(packet, 0xc4, step->trace_length, 1) < 0 ||
+                       put_raw(packet, bytes, step->trace_length) < 0 || put_big_endian(packet, 0xc4, 8, 1) < 0 ||
+                       put_raw(packet, bytes + 16, 8) < 0 ||
+                       put_big_endian(packet, 0xc4, step->parent_length, 1) < 0 ||
+                       put_raw(packet, bytes + 24, step->parent_length) < 0
+                   ? -1
+                   : 0;
     }
     if (ABSENT(ids))
         return put_raw(packet, "\xc4\0\xc4\0\xc4\0", 6);
@@ -1440,6 +1924,72 @@ done:
     return packed;
 }
 
+/* Resolving: which of a batch's stages the device has to be asked of. */
+
+/* The stages of a step, borrowed; NULL with an error. */
+static PyObject *stages_of(PyObject *step)
+{
+    if (PyObject_TypeCheck(step, &StepRecord_Type) && ((StepRecord *)step)->stages != NULL)
+        return ((StepRecord *)step)->stages;
+    PyErr_SetString(PyExc_TypeError, "not a step");
+    return NULL;
+}
+
+/* The next stage of a list, borrowed; NULL at its end or, with an error, where there is none. */
+static StageRecord *next_stage(PyObject *stages, Py_ssize_t *index)
+{
+    if (*index >= PyList_GET_SIZE(stages))
+        return NULL;
+    PyObject *stage = PyList_GET_ITEM(stages, (*index)++);
+    if (PyObject_TypeCheck(stage, &StageRecord_Type))
+        return (StageRecord *)stage;
+    PyErr_SetString(PyExc_TypeError, "not a stage");
+    return NULL;
+}
+
+static PyObject *last_stages(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *stages = count == 2 ? stages_of(args[0]) : NULL, *last = NULL;
+    Py_ssize_t index = 0;
+    StageRecord *stage;
+    if (stages == NULL || (last = PyDict_New()) == NULL)
+        return NULL;
+    while ((stage = next_stage(stages, &index)) != NULL) {
+        if (!stage->exited_ns) {
+            Py_DECREF(last);
+            Py_RETURN_NONE;
+        }
+        if (ABSENT(stage->pair))
+            continue;
+        PyObject *stream = PyLong_FromVoidPtr(stage->stream);
+        int done = stream == NULL ? -1 : PySet_Contains(args[1], stream);
+        PyObject *before = done ? NULL : PyDict_GetItemWithError(last, stream);
+        if (!done && (before == NULL || stage->exited_ns >= ((StageRecord *)before)->exited_ns) && !PyErr_Occurred())
+            PyDict_SetItem(last, stream, (PyObject *)stage);
+        Py_XDECREF(stream);
+        if (PyErr_Occurred())
+            break;
+    }
+    if (PyErr_Occurred())
+        Py_CLEAR(last);
+    return last;
+}
+
+static PyObject *timed(PyObject *module, PyObject *step)
+{
+    PyObject *stages = stages_of(step), *found = stages == NULL ? NULL : PyList_New(0);
+    Py_ssize_t index = 0;
+    StageRecord *stage;
+    if (found == NULL)
+        return NULL;
+    while ((stage = next_stage(stages, &index)) != NULL)
+        if (!ABSENT(stage->pair) && PyList_Append(found, (PyObject *)stage) < 0)
+            break;
+    if (PyErr_Occurred())
+        Py_CLEAR(found);
+    return found;
+}
+
 /* Reading: an NPU's events by their raw handles, as `devices/npu.py` says. */
 
 typedef int (*Elapsed)(float *, void *, void *);
@@ -1535,8 +2085,15 @@ static PyMethodDef functions[] = {
     {"stand_in_front", stand_in_front, METH_VARARGS, "The functions that go before `stage` and `step` in Python."},
     {"remember_mode", remember_mode, METH_VARARGS, "What is to be said of a step whose forward runs in this mode."},
     {"scope_in_front", scope_in_front, METH_VARARGS, "The function that goes before `scope` of vLLM's worker."},
+    {"around_execute_model", around_execute_model, METH_VARARGS, "What goes round a worker's `execute_model`."},
+    {"around_sample_tokens", around_sample_tokens, METH_VARARGS, "What goes round a worker's `sample_tokens`."},
+    {"around_schedule", around_schedule, METH_VARARGS, "What goes round a scheduler's `schedule`."},
+    {"around_update", around_update, METH_VARARGS, "What goes round a scheduler's `update_from_output`."},
+    {"use_hooks", use_hooks, METH_VARARGS, "What those go by: names of attributes, what an error of ours is told, and bounds."},
     {"new_step", (PyCFunction)(void (*)(void))new_step, METH_FASTCALL, "A step to be opened."},
     {"new_stage", (PyCFunction)(void (*)(void))new_stage, METH_FASTCALL, "A stage to be entered."},
+    {"last_stages", (PyCFunction)(void (*)(void))last_stages, METH_FASTCALL, "What to ask whether a step is done."},
+    {"timed", timed, METH_O, "The stages of a step that have event pairs."},
     {"pack", pack, METH_VARARGS, "Steps as one packet."},
     {"read_events", read_events, METH_VARARGS, "Start and duration of finished event pairs, in nanoseconds."},
     {"random_bytes", random_bytes, METH_O, "So many random bytes, for ids."},
@@ -1567,10 +2124,11 @@ PyMODINIT_FUNC PyInit__native(void)
     if (append == NULL)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
-    if (module == NULL || PyModule_AddType(module, &CaptureRecord_Type) < 0 || PyModule_AddType(module, &Handle_Type) < 0 || PyModule_AddType(module, &StageRecord_Type) < 0 ||
-        PyModule_AddType(module, &StepRecord_Type) < 0 || PyModule_AddType(module, &ThreadRecord_Type) < 0) {
-        Py_XDECREF(module);
-        return NULL;
-    }
+    PyTypeObject *types[] = {&CaptureRecord_Type, &Handle_Type,        &StageRecord_Type,  &StepRecord_Type,
+                             &ThreadRecord_Type,  &WorkerRecord_Type,  &ChannelRecord_Type, &ListedRecord_Type,
+                             &EngineRecord_Type,  &Around_Type};
+    for (size_t index = 0; module != NULL && index < sizeof types / sizeof *types; index++)
+        if (PyModule_AddType(module, types[index]) < 0)
+            Py_CLEAR(module);
     return module;
 }

@@ -265,8 +265,8 @@ class StageRecord:
         entered_ns: Host time just before the start event was recorded.
         exited_ns: Host time just before the end event was recorded; 0 while the stage is open.
         error: The type of what went out of it.
-        device_ns: Set when it is read: start on the device's own clock, None where only the host timed it.
-        duration_ns: Set when it is read; None where only the host timed it.
+        device_ns: When it started on the device's own clock; None before it is read, and where only the host timed it.
+        duration_ns: How long it took on the device; None in the same way.
     """
 
     __slots__ = (
@@ -421,8 +421,31 @@ def new_stage(of: type[_S], capture: Any, name: str, attributes: dict[str, Any],
     stage.name = name
     stage.attributes = attributes
     stage.host = host
-    stage.step = None
+    stage.step = stage.device_ns = stage.duration_ns = None
     return stage
+
+
+def last_stages(step: StepRecord, done_on: set[int]) -> dict[int, Any] | None:
+    """The stages to ask the device of whether a step is done: the last on each stream. None: one has not been left.
+
+    Args:
+        step: A step that is closed.
+        done_on: The streams, by identity, that need not be asked.
+    """
+    last: dict[int, Any] = {}
+    for stage in step.stages:
+        if not stage.exited_ns:
+            return None
+        if stage.pair is not None:
+            stream = id(stage.stream)
+            if stream not in done_on and (stream not in last or stage.exited_ns >= last[stream].exited_ns):
+                last[stream] = stage
+    return last
+
+
+def timed(step: StepRecord) -> list[Any]:
+    """The stages of a step that have event pairs, to be read."""
+    return [stage for stage in step.stages if stage.pair is not None]
 
 
 def pack(

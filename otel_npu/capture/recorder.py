@@ -55,17 +55,17 @@ class Recorder(Capture):
         self._turn_off = turn_off
         self._switch = switch
         self._instance_id = str(uuid.UUID(bytes=os.urandom(16), version=4))
-        self._channel = Channel(self._hello, self.drops)
-        self.defer, self.send_deferred = self._channel.defer, self._channel.send_deferred
+        self.channel = Channel(self._hello, self.drops)
+        self.defer, self.send_deferred = self.channel.defer, self.channel.send_deferred
         """For frames of which there is one a step: they are sent together with those of the next steps."""
-        self._resolver = Resolver(self._channel, self.drops, log_stages=settings.log_stages)
-        self._link = RelayLink(self._channel, settings, self.drops)
+        self._resolver = Resolver(self.channel, self.drops, log_stages=settings.log_stages)
+        self._link = RelayLink(self.channel, settings, self.drops)
         self._places: dict[int, frames.Attributes] = {}
         self._flushes = itertools.count(1)
         # Its thread may take it again: a signal handler may flush in the midst of a flush.
         self._flush_lock = threading.RLock()
         self._lost = 0
-        self.idle = IdleThread(self, self._resolver, self._channel, self._link)
+        self.idle = IdleThread(self, self._resolver, self.channel, self._link)
         self._begin()
 
     def _begin(self) -> None:
@@ -102,17 +102,17 @@ class Recorder(Capture):
 
     def send(self, frame: frames.Frame, dropped: dict[str, int] | None = None) -> None:
         """Send a frame that comes from elsewhere than a step; `dropped` are the counts in it, if any."""
-        self._channel.send(frames.encode(frame), dropped or {})
+        self.channel.send(frames.encode(frame), dropped or {})
 
     def describe(self, rank: Rank, attributes: dict[str, frames.AttributeValue]) -> None:
         """Say once what is true of all steps of a rank."""
         self._places[rank.number] = attributes
-        self._channel.greet_again()
+        self.channel.greet_again()
 
     def device_settled(self) -> None:
         """The relay is told, and whoever reads the log; looks at the device's clock begin."""
         self.idle.new_device()
-        self._channel.greet_again()
+        self.channel.greet_again()
 
     # Lifecycle.
 
@@ -156,9 +156,9 @@ class Recorder(Capture):
             self.idle.flushing = False
         number = next(self._flushes)
         left_seconds = deadline - time.monotonic()
-        self._channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), _LONGEST_WAIT))))
+        self.channel.send(frames.encode(frames.Flush(number, min(max(0.0, left_seconds), _LONGEST_WAIT))))
         while (left_seconds := deadline - time.monotonic()) > 0:
-            answer = self._channel.receive(left_seconds)
+            answer = self.channel.receive(left_seconds)
             if not answer:
                 return False
             flushed = frames.decode_flushed(answer)
@@ -172,14 +172,14 @@ class Recorder(Capture):
         return self._lost > before
 
     def _resolved_and_sent(self) -> bool:
-        self._channel.send_deferred()
-        self._channel.drain()
+        self.channel.send_deferred()
+        self.channel.drain()
         # In this order: what is not pending any more may still be on its way.
         return (
-            self._channel.connected
+            self.channel.connected
             and not any(thread.pending for thread in list(self.threads))
             and not any(thread.busy for thread in list(self.threads))
-            and self._channel.empty
+            and self.channel.empty
         )
 
     def close(self, timeout_seconds: float = EXIT_SECONDS) -> None:
@@ -210,7 +210,7 @@ class Recorder(Capture):
         self.drops = Drops()
         for thread in self.threads:
             thread.lock = threading.RLock()
-        self._channel.abandon()
+        self.channel.abandon()
 
     def _hello(self) -> frames.Hello:
         return frames.Hello(

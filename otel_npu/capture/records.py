@@ -18,14 +18,17 @@ if TYPE_CHECKING or native is None:
         StageRecord,
         StepRecord,
         ThreadRecord,
+        last_stages,
         new_stage,
         new_step,
         pack,
+        timed,
     )
 else:
     CaptureRecord, Handle, ThreadRecord = native.CaptureRecord, native.Handle, native.ThreadRecord
     StageRecord, StepRecord = native.StageRecord, native.StepRecord
-    new_stage, new_step, pack = native.new_stage, native.new_step, native.pack
+    new_stage, new_step = native.new_stage, native.new_step
+    last_stages, timed, pack = native.last_stages, native.timed, native.pack
     native.use(context.open_step, context.Ids, NO_RANK, HOST_STREAM, BATCH_NS, MAX_PENDING)
 
 __all__ = [
@@ -41,9 +44,11 @@ __all__ = [
     "StepRecord",
     "ThreadRecord",
     "abandoned",
+    "last_stages",
     "new_stage",
     "new_step",
     "pack",
+    "timed",
 ]
 
 STAGE_FIELDS: Final = (

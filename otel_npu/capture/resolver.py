@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import arguments, context
-from otel_npu.capture.records import abandoned, pack
+from otel_npu.capture.records import abandoned, last_stages, pack, timed
 from otel_npu.interrupts import from_outside
 from otel_npu.wire import frames
 
@@ -84,7 +84,9 @@ class Resolver:
     def _make(self, steps: list[StepRecord], seen_ns: int, packets: list[tuple[bytes, dict[str, int]]]) -> None:
         """Read the steps and add the packets that they make, each with the drop counts that go with it."""
         for step in steps:
-            self._read(step.stages)
+            stages = timed(step)
+            if stages:
+                self._read(stages)
         for first in range(0, len(steps), _STEPS_PER_PACKET):
             self._packets(steps[first : first + _STEPS_PER_PACKET], seen_ns, packets)
 
@@ -119,25 +121,12 @@ class Resolver:
         return done.index(False) if False in done else looked_at
 
     def _read(self, stages: list[StageRecord]) -> None:
-        """Give a step's stages their times, and their pairs back to the pool."""
-        pairs: list[Pair] = []
-        timed: list[StageRecord] = []
-        pool = None
+        """Give a step's stages that have event pairs their times, and the pairs back to the pool."""
+        pools: dict[int, list[StageRecord]] = {}
         for stage in stages:
-            pair = stage.pair
-            if pair is None:
-                # Host-timed, unless somebody has waited for it.
-                stage.device_ns = getattr(stage, "device_ns", None)
-                stage.duration_ns = getattr(stage, "duration_ns", None)
-                continue
-            if pool is not None and pair.pool is not pool:
-                self._read_pairs(timed, pairs)
-                timed, pairs = [], []
-            pool = pair.pool
-            pairs.append(pair)
-            timed.append(stage)
-        if pairs:
-            self._read_pairs(timed, pairs)
+            pools.setdefault(id(stage.pair.pool), []).append(stage)
+        for of_one_device in pools.values():
+            self._read_pairs(of_one_device, [stage.pair for stage in of_one_device])
 
     def _read_pairs(self, timed: list[StageRecord], pairs: list[Pair]) -> None:
         """The same for stages of one device."""
@@ -269,23 +258,17 @@ def _done(step: StepRecord, done_on: set[int], drops: Drops) -> bool:
         drops: Where a stage is counted whose end never comes.
     """
     stages = step.stages
-    last: dict[int, Pair] = {}
-    latest: dict[int, int] = {}
-    for index in range(len(stages)):  # none of them in a variable: who else holds it is looked at
-        if not stages[index].exited_ns:
-            if not abandoned(stages, index):
-                return False
-            drops.add(semconv.INTERRUPTED)
-            let_go(stages[index], step.closed_ns, drops)
-    for stage in stages:
-        exited_ns = stage.exited_ns
-        if stage.pair is not None:
-            stream = id(stage.stream)
-            if stream not in done_on and exited_ns >= latest.get(stream, 0):
-                last[stream] = stage.pair
-                latest[stream] = exited_ns
-    for stream, pair in last.items():
-        if not pair.end.query():
+    last = last_stages(step, done_on)
+    if last is None:
+        for index in range(len(stages)):  # none of them in a variable: who else holds it is looked at
+            if not stages[index].exited_ns:
+                if not abandoned(stages, index):
+                    return False
+                drops.add(semconv.INTERRUPTED)
+                let_go(stages[index], step.closed_ns, drops)
+        last = last_stages(step, done_on) or {}
+    for stream, stage in last.items():
+        if not stage.pair.end.query():
             return False
         done_on.add(stream)
     return True

@@ -50,7 +50,7 @@ class Stage(StageRecord):
             pair = self.pair  # it may have been resolved meanwhile
             if pair is not None:
                 self._read_alone(step, pair)
-        duration_ns: int | None = getattr(self, "duration_ns", None)
+        duration_ns = self.duration_ns
         return self.exited_ns - self.entered_ns if duration_ns is None else duration_ns
 
     def _read_alone(self, step: Step, pair: Pair) -> None:

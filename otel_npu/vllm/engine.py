@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.capture import context
+from otel_npu.native import native
 from otel_npu.slow import SlowSteps
 from otel_npu.vllm import tracing
 from otel_npu.vllm.arrival import announced
 from otel_npu.vllm.transfers import TransferLog
 from otel_npu.vllm.usage import Verified, cached_tokens
-from otel_npu.wire import frames
+from otel_npu.wire import channel, frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,8 @@ _log = logging.getLogger("otel_npu")
 
 STEP_ATTRIBUTE: Final = "_otel_npu_step"
 """What the scheduler's output carries to every worker of the engine, and back to the scheduler."""
+WORKER_ATTRIBUTE: Final = "_otel_npu_steps"
+"""Where a worker has what follows its steps."""
 
 _request_numbers: Final = itertools.count(1)
 """Of the process, whose connection tells the requests of all its engines."""
@@ -34,11 +37,14 @@ _request_numbers: Final = itertools.count(1)
 _MAX_RUNNING: Final = 64
 _LIST_EVERY: Final = 64
 _NO_DROPS: Final[dict[str, int]] = {}
+_NOTHING_LISTED: Final[_Lists] = ([], [], [])
 _NOTHING_FOUND: Final[tuple[list[int], list[int], list[int], int, int]] = ([], [], [], 0, 0)
 _MIXED: Final = "mixed"
 _PREFILL: Final = "prefill"
 _DECODE: Final = "decode"
 
+
+_Lists: TypeAlias = "tuple[list[int], list[int], list[bool]]"
 
 StepContext: TypeAlias = tuple[bytes, bytes, int, str, bool, tuple[bytes, ...]]
 """The context of an engine's step, pickled with each scheduler output: its trace id, without which it is never a trace,
@@ -46,34 +52,80 @@ its span id, number and kind, whether it is kept, and the span ids of steps befo
 though they were not at first."""
 
 
-class _Listed:
+if TYPE_CHECKING or native is None:
+
+    class ListedRecord:
+        """What is to be known of the requests of a step when the next one may be for the same.
+
+        Attributes:
+            kind: What the step does.
+            span_id: The step that they were listed with; None before that.
+            tokens: Of each request how many of its tokens were scheduled.
+            repeated: How many steps were compared with it.
+        """
+
+        __slots__ = ("kind", "repeated", "span_id", "tokens")
+
+        kind: str
+        span_id: bytes | None
+        tokens: dict[str, int]
+        repeated: int
+
+    class EngineRecord:
+        """What is to be known of an engine when a usual step of it begins and has its output.
+
+        Attributes:
+            channel: Where frames go.
+            frame: Makes the frame of a step that has been scheduled.
+            limiter: How many steps a second are kept.
+            listed: The requests of the last step, if they all decode.
+            running: The steps whose output is still to come, by span id, in the order of scheduling.
+            slow: What the workers are to be told with the next step.
+            step_numbers: The numbers of steps to come.
+            told: What the steps are told to, once all of this is there.
+            word: Makes the frame of a step that has its output.
+        """
+
+        channel: channel.Channel | None
+        frame: Callable[..., frames.Scheduled]
+        limiter: context.Limiter | None
+        listed: _Listed | None
+        running: dict[bytes, _Running]
+        slow: deque[bytes]
+        step_numbers: itertools.count[int]
+        told: Recorder | None
+        word: Callable[..., frames.Updated]
+
+else:
+    ListedRecord, EngineRecord = native.ListedRecord, native.EngineRecord
+
+
+class _Listed(ListedRecord):
     """The requests of a step, and of those after it that are the same: as in most steps, all of them decode.
 
     Attributes:
-        kind: What the step does.
         lists: Of each sampled request its number, its tokens, and whether they are of its prompt.
-        span_id: The step that they were listed with; None before that.
     """
 
-    __slots__ = ("_repeated", "_tokens", "kind", "lists", "span_id")
+    __slots__ = ("lists",)
 
-    def __init__(self, kind: str, tokens: dict[str, int], lists: tuple[list[int], list[int], list[bool]]) -> None:
+    def __init__(self, kind: str, tokens: dict[str, int], lists: _Lists) -> None:
         self.kind = kind
         self.lists = lists
-        self.span_id: bytes | None = None
-        self._tokens = tokens
-        self._repeated = 0
+        self.span_id = None
+        self.tokens = tokens
+        self.repeated = 0
 
     def like(self, tokens: dict[str, int]) -> bool:
         """Whether the next step is the same. Now and then it is listed all the same: the list may have been lost."""
-        self._repeated += 1
-        return self._repeated < _LIST_EVERY and tokens == self._tokens
+        self.repeated += 1
+        return self.repeated < _LIST_EVERY and tokens == self.tokens
 
     def each_has_one(self, outputs: Sequence[Any]) -> bool:
         """Whether the output of the step is a token for each of its requests, of which none is finished."""
-        if len(outputs) != len(self._tokens):
+        if len(outputs) != len(self.tokens):
             return False
-        tokens = self._tokens
+        tokens = self.tokens
         for output in outputs:
             if output.finish_reason is not None or len(output.new_token_ids) != 1 or output.request_id not in tokens:
                 return False
@@ -96,7 +148,7 @@ class _Member:
         self.scheduled = False
 
 
-class EngineSteps:
+class EngineSteps(EngineRecord):
     """Follows one engine's scheduler.
 
     Args:
@@ -112,16 +164,13 @@ class EngineSteps:
         self._bonus_tokens: int = getattr(scheduler, "num_sampled_tokens_per_step", 1)
         self._members: dict[str, _Member] = {}
         self._requests: Any = getattr(scheduler, "requests", {})
-        self._step_numbers = itertools.count(1)
-        self._limiter: context.Limiter | None = None
+        self.step_numbers = itertools.count(1)
+        self.channel = self.limiter = self.listed = self.told = None
+        self.running = {}
+        self.slow = deque()
+        self.frame, self.word = self._frame, self._word
         self._slow_steps: SlowSteps | None = None
-        self._listed: _Listed | None = None
-        """The requests of the last step, if they all decode."""
-        self._running: dict[bytes, _Running] = {}
-        """By span id, in the order of scheduling."""
         self._updated_ns = 0
-        self._slow: deque[bytes] = deque()
-        """What the workers are to be told with the next step."""
         for name, wrap in (
             ("add_request", self._around_add_request),
             ("schedule", self._around_schedule),
@@ -154,6 +203,8 @@ class EngineSteps:
                 tracing.fault()
             return output
 
+        if native is not None:
+            return native.around_schedule(schedule, tracing.guarded(self._scheduled), self)  # type: ignore[no-any-return]
         return call
 
     def _around_update(self, update_from_output: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,6 +221,8 @@ class EngineSteps:
                 tracing.fault()
             return result
 
+        if native is not None:
+            return native.around_update(update_from_output, call, tracing.guarded(self._updated), self)  # type: ignore[no-any-return]
         return call
 
     def _add(self, request: Any) -> None:
@@ -196,7 +249,7 @@ class EngineSteps:
         recorder = tracing.recorder(self._endpoint)
         if recorder is None:
             self._members.clear()
-            self._listed = None
+            self.listed = self.told = None
             return
         scheduled_ns = perf_counter_ns()
         if self._transfers is not None:
@@ -210,7 +263,7 @@ class EngineSteps:
                 recorder.defer(dropped, self._nothing_scheduled, opened_ns, scheduled_ns, ended, dropped)
             return
         new, preempted = output.scheduled_new_reqs, getattr(output, "preempted_req_ids", None)
-        listed = self._listed
+        listed = self.listed
         if gone or new or preempted or listed is None or not listed.like(output.num_scheduled_tokens):
             listed = self._list(output.num_scheduled_tokens)
         kind = listed.kind
@@ -218,19 +271,60 @@ class EngineSteps:
         trace_id, span_id = ids[8:] if recorder.settings.root_traces else b"", ids[:8]
         kept = self._kept(recorder, kind)
         slow: tuple[bytes, ...] = ()
-        if self._slow:
-            slow = tuple(self._slow.popleft() for _ in range(len(self._slow)))
-        self._running[span_id] = (opened_ns, (kind, total_tokens.bit_length()), kept, listed)
-        if len(self._running) > _MAX_RUNNING:  # of those before them no output will come
-            del self._running[next(iter(self._running))]
-        number = next(self._step_numbers)
+        if self.slow:
+            slow = tuple(self.slow.popleft() for _ in range(len(self.slow)))
+        self.running[span_id] = (opened_ns, (kind, total_tokens.bit_length()), kept, listed)
+        if len(self.running) > _MAX_RUNNING:  # of those before them no output will come
+            del self.running[next(iter(self.running))]
+        number = next(self.step_numbers)
         context_of_step: StepContext = (trace_id, span_id, number, kind, kept, slow)
         setattr(output, STEP_ATTRIBUTE, context_of_step)
-        requests, tokens, prefills = listed.lists if listed.span_id is None else ([], [], [])
         dropped = recorder.drops.take_unsent()
         recorder.defer(
             dropped,
-            frames.Scheduled,
+            self._frame,
+            trace_id,
+            span_id,
+            number,
+            kind,
+            opened_ns,
+            scheduled_ns,
+            total_tokens,
+            len(output.num_scheduled_tokens),
+            kept,
+            listed.span_id or b"",
+            listed.lists if listed.span_id is None else _NOTHING_LISTED,
+            self._numbers(preempted) if preempted else [],
+            ended,
+            dropped,
+            self._found(new) if new else _NOTHING_FOUND,
+        )
+        if listed.span_id is None:
+            listed.span_id = span_id
+        if self._transfers is None:  # else there is more to do
+            self.told, self.channel = recorder, recorder.channel
+
+    def _frame(
+        self,
+        trace_id: bytes,
+        span_id: bytes,
+        number: int,
+        kind: str,
+        opened_ns: int,
+        scheduled_ns: int,
+        total_tokens: int,
+        total_requests: int,
+        kept: bool,
+        like: bytes,
+        lists: _Lists = _NOTHING_LISTED,
+        preempted: Sequence[int] = (),
+        ended: Sequence[int] = (),
+        dropped: dict[str, int] = _NO_DROPS,
+        found: tuple[list[int], list[int], list[int], int, int] = _NOTHING_FOUND,
+    ) -> frames.Scheduled:
+        """What the relay is told of a step that has been scheduled."""
+        requests, tokens, prefills = lists
+        return frames.Scheduled(
             trace_id,
             span_id,
             number,
@@ -239,20 +333,18 @@ class EngineSteps:
             scheduled_ns,
             self._ranks,
             total_tokens,
-            len(output.num_scheduled_tokens),
+            total_requests,
             requests,
             tokens,
             prefills,
-            self._numbers(preempted) if preempted else [],
-            ended,
+            [*preempted],
+            [*ended],
             dropped,
             kept,
             self._pipeline,
-            *(self._found(new) if new else _NOTHING_FOUND),
-            listed.span_id or b"",
+            *found,
+            like,
         )
-        if listed.span_id is None:
-            listed.span_id = span_id
 
     def _gone(self, request_ids: Iterable[str]) -> list[int]:
         """The numbers of requests that have left the engine without an output that said so."""
@@ -290,7 +382,7 @@ class EngineSteps:
                 prefills.append(prefill)
         kind = _MIXED if any_prefill and any_decode else _PREFILL if any_prefill else _DECODE
         listed = _Listed(kind, dict(scheduled_tokens), (requests, tokens, prefills))
-        self._listed = None if any_prefill else listed
+        self.listed = None if any_prefill else listed
         return listed
 
     def _catch_up(self, request_id: str) -> _Member | None:
@@ -333,7 +425,7 @@ class EngineSteps:
             return
         updated_ns = perf_counter_ns()
         span_id = step[1]
-        running = self._running.pop(span_id, None)
+        running = self.running.pop(span_id, None)
         outputs = result.values() if isinstance(result, dict) else (result,)
         if verified is None and running is not None and len(outputs) == 1:
             (only,) = outputs
@@ -342,7 +434,7 @@ class EngineSteps:
                 return
         told = self._told(verified, outputs)
         recorder.defer(_NO_DROPS, self._word, recorder, span_id, updated_ns, running, 0, *told)
-        if not told[2]:
+        if not told[2] or self._members:  # with the next steps, or by the idle thread
             return
         thread = recorder.local.thread
         if thread.pending:
@@ -416,9 +508,9 @@ class EngineSteps:
 
     def _kept(self, recorder: Recorder, kind: str) -> bool:
         """Whether a step of this kind is a trace: decided here, once, for all ranks and hosts."""
-        if self._limiter is None:
-            self._limiter = context.Limiter(recorder.settings.steps_per_second)
-        return recorder.settings.root_traces and self._limiter.allow(kind)
+        if self.limiter is None:
+            self.limiter = context.Limiter(recorder.settings.steps_per_second)
+        return recorder.settings.root_traces and self.limiter.allow(kind)
 
     def _judge(self, recorder: Recorder, span_id: bytes, running: _Running, updated_ns: int) -> str:
         """Why a step is kept now that its output is there; empty if it is not, or was from the start.
@@ -434,12 +526,24 @@ class EngineSteps:
         self._updated_ns = updated_ns
         if not self._slow_steps.judge(kind, added_ns, kept=kept):
             return ""
-        self._slow.append(span_id)
+        self.slow.append(span_id)
         return semconv.SLOW
 
     def _numbers(self, request_ids: Any) -> list[int]:
         numbers = [self._number(request_id) for request_id in request_ids]
         return [number for number in numbers if number is not None]
+
+
+if native is not None:
+    native.use_hooks(
+        WORKER_ATTRIBUTE,
+        STEP_ATTRIBUTE,
+        tracing.fault_of,
+        channel.MOST_DEFERRED,
+        channel.DEFERRED_NS,
+        _LIST_EVERY,
+        _MAX_RUNNING,
+    )
 
 
 def follow(init: Callable[..., Any]) -> Callable[..., Any]:

@@ -79,7 +79,7 @@ def _remember(processor: Any, request: Any, arrival: Arrival) -> None:
 def _choose(request: Any, headers: dict[str, str], maker: Any) -> Arrival:
     if not headers:
         headers.update(_ambient_headers())
-    parent = _propagator.extract(headers, Context())
+    parent = _propagator.extract(headers, Context()) if headers else Context()
     span_context = trace.get_current_span(parent).get_span_context()
     key = new_bytes(8)
     trace_id, parent_span_id, sampling = span_context.trace_id, key, None
@@ -288,7 +288,7 @@ def _tell_end(processor: Any, arrival: Arrival, state: Any, reason: str, ended_u
     if arrival.announced is None or recorder is None:
         return
     key, tokens, dropped = arrival.announced.key, _output_tokens(state), recorder.drops.take_unsent()
-    recorder.send(frames.RequestEnd(key, ended_unix_ns, tokens, reason, dropped), dropped)
+    recorder.defer(dropped, frames.RequestEnd, key, ended_unix_ns, tokens, reason, dropped)
 
 
 def _output_tokens(state: Any) -> int:

@@ -106,6 +106,14 @@ def fault() -> None:
         recorder.own_fault()
 
 
+def fault_of(error: BaseException) -> None:
+    """Count a fault of ours; what is none goes on."""
+    try:
+        raise error  # noqa: TRY301 (it is handled from here on)
+    except Exception:
+        fault()
+
+
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose faults are counted and never vLLM's: it returns None then."""
 

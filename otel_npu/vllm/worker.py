@@ -17,7 +17,7 @@ from otel_npu.capture.stages import Stage
 from otel_npu.capture.steps import Step
 from otel_npu.native import native
 from otel_npu.vllm import stages, tracing
-from otel_npu.vllm.engine import STEP_ATTRIBUTE
+from otel_npu.vllm.engine import STEP_ATTRIBUTE, WORKER_ATTRIBUTE
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -48,17 +48,37 @@ _connectors = False
 """Whether there is a connector to load from."""
 
 
-class WorkerSteps:
+if TYPE_CHECKING or native is None:
+
+    class WorkerRecord:
+        """What is to be known of a worker when a usual step of it begins and ends.
+
+        Attributes:
+            rank: Which it is.
+            step: Its open step.
+            told: What knows the worker's attributes already; None while there is a warm-up.
+            usual: Whether its steps need nothing but to be opened, and closed when it has sampled.
+        """
+
+        rank: Rank
+        step: Step | None
+        told: Recorder | None
+        usual: bool
+
+else:
+    WorkerRecord = native.WorkerRecord
+
+
+class WorkerSteps(WorkerRecord):
     """The steps of one worker, each from `execute_model` to the call that returns its output."""
 
     def __init__(self, worker: Any) -> None:
         config = worker.vllm_config
         self._endpoint = tracing.config_endpoint(config)
         self.rank, self.attributes = _rank(worker.rank, config.parallel_config)
-        self._told: Recorder | None = None
-        """What knows the attributes already; None while there is a warm-up."""
+        self.told = self.step = None
+        self.usual = False
         self._warming_up = False
-        self._step: Step | None = None
         self._worker = worker
 
     @functools.cached_property
@@ -69,13 +89,14 @@ class WorkerSteps:
 
     def open(self, scheduler_output: Any) -> None:
         """A step begins, if it runs the model."""
-        if self._step is not None:
+        if self.step is not None:
             self.close()
         recorder = switch._recorder
-        if recorder is None or recorder is not self._told:  # nearly always it is, and two calls less are made
+        if recorder is None or recorder is not self.told:  # nearly always it is, and two calls less are made
             recorder = self._recorder()
         if recorder is None or not scheduler_output.total_num_scheduled_tokens:
             return
+        self.usual = self.samples and not _connectors
         if _connectors:
             _loads.any = getattr(scheduler_output, "has_sync_kv_loads", True)
         told = getattr(scheduler_output, STEP_ATTRIBUTE, None)
@@ -103,40 +124,38 @@ class WorkerSteps:
         The recorder is made now, so that the relay has started when the first step comes.
         """
         self._warming_up = on
-        self._told = None
+        self.told = None
         tracing.recorder(self._endpoint)
 
     def close(self, error: type[BaseException] | None = None) -> None:
         """The open step, if there is one, is over."""
-        step, self._step = self._step, None
+        step, self.step = self.step, None
         if step is not None:
             step.close(error)
 
     def _open(self, step: Step) -> None:
         step.open()
         if step.closed_ns == 0:
-            self._step = step
+            self.step = step
 
     def _recorder(self) -> Recorder | None:
         if self._warming_up:
             return None
         recorder = tracing.recorder(self._endpoint)
-        if recorder is not self._told and recorder is not None:
+        if recorder is not self.told and recorder is not None:
             recorder.describe(self.rank, self.attributes)
-            self._told = recorder
+            self.told = recorder
         return recorder
 
 
 _new_tuple: Final = tuple.__new__
-_STEPS: Final = "_otel_npu_steps"
-"""Where a worker has its `WorkerSteps`."""
 
 
 def _of(worker: Any) -> WorkerSteps:
     try:
-        return worker.__dict__[_STEPS]  # type: ignore[no-any-return]
+        return worker.__dict__[WORKER_ATTRIBUTE]  # type: ignore[no-any-return]
     except KeyError:
-        steps = worker.__dict__[_STEPS] = WorkerSteps(worker)
+        steps = worker.__dict__[WORKER_ATTRIBUTE] = WorkerSteps(worker)
         return steps
 
 
@@ -179,7 +198,7 @@ def around_execute_model(execute_model: Callable[..., Any]) -> Callable[..., Any
             tracing.fault()
         return output
 
-    return call
+    return call if native is None else native.around_execute_model(execute_model, call)
 
 
 def around_sample_tokens(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +213,7 @@ def around_sample_tokens(sample_tokens: Callable[..., Any]) -> Callable[..., Any
         _end(self)
         return output
 
-    return call
+    return call if native is None else native.around_sample_tokens(sample_tokens, call)
 
 
 def around_dummy_batch(execute_dummy_batch: Callable[..., Any]) -> Callable[..., Any]:

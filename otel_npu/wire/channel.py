@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.drops import add_up
 from otel_npu.interrupts import from_outside
+from otel_npu.native import native
 from otel_npu.wire import frames
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("otel_npu")
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
-_DEFERRED: Final = 128
-_DEFERRED_NS: Final = 250_000_000
+MOST_DEFERRED: Final = 128
+DEFERRED_NS: Final = 250_000_000
 _FRAMES_PER_LOCK: Final = 16
 _MAX_ANSWERS: Final = 64
 _MAX_WAIT_SECONDS: Final = 3600.0  # poll() takes no more than 24 days
@@ -40,7 +41,21 @@ _send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _send.restype = ctypes.c_ssize_t
 
 
-class Channel:
+_Deferred: TypeAlias = "deque[tuple[dict[str, int], Callable[..., frames.Frame], tuple[Any, ...]]]"
+
+if TYPE_CHECKING or native is None:
+
+    class ChannelRecord:
+        """What has been put off: each time its drop counts, what makes the frame, and of what; and since when."""
+
+        deferred: _Deferred
+        deferred_since_ns: int
+
+else:
+    ChannelRecord = native.ChannelRecord
+
+
+class Channel(ChannelRecord):
     """Frames to the relay, in order, from any thread.
 
     Args:
@@ -58,8 +73,8 @@ class Channel:
         self._greeted = False
         self._backlog: deque[tuple[bytes, dict[str, int]]] = deque()
         self._backlog_bytes = 0
-        self._deferred: deque[tuple[dict[str, int], Callable[..., frames.Frame], tuple[Any, ...]]] = deque()
-        self._deferred_since_ns = 0
+        self.deferred = deque()
+        self.deferred_since_ns = 0
         self._lock = threading.RLock()  # a signal handler of the program's may flush in the midst of a send
         self._reading = threading.RLock()
         self._told = False
@@ -74,7 +89,7 @@ class Channel:
     @property
     def empty(self) -> bool:
         """Whether every frame has gone into the socket."""
-        return not self._backlog and not self._deferred
+        return not self._backlog and not self.deferred
 
     def greet_again(self) -> None:
         """Say hello once more before the next frame: what it says has changed."""
@@ -101,10 +116,10 @@ class Channel:
             args: What it is to say.
         """
         now_ns = perf_counter_ns()
-        if not self._deferred:
-            self._deferred_since_ns = now_ns
-        self._deferred.append((dropped, make, args))
-        if len(self._deferred) >= _DEFERRED or now_ns - self._deferred_since_ns > _DEFERRED_NS:
+        if not self.deferred:
+            self.deferred_since_ns = now_ns
+        self.deferred.append((dropped, make, args))
+        if len(self.deferred) >= MOST_DEFERRED or now_ns - self.deferred_since_ns > DEFERRED_NS:
             self.send_deferred()
 
     def send_deferred(self) -> None:
@@ -112,8 +127,8 @@ class Channel:
         with self._lock:
             together: list[tuple[frames.Frame, dict[str, int]]] = []
             try:
-                while self._deferred:
-                    dropped, make, args = self._deferred.popleft()
+                while self.deferred:
+                    dropped, make, args = self.deferred.popleft()
                     try:
                         together.append((make(*args), dropped))
                     except BaseException as error:
@@ -158,7 +173,7 @@ class Channel:
             self._drop(semconv.BAD_FRAME, dropped)
             return
         with self._lock:
-            if self._deferred:
+            if self.deferred:
                 self.send_deferred()
             self._put(frame, dropped)
 
@@ -174,7 +189,7 @@ class Channel:
 
     def drain(self) -> None:
         """Send what was deferred, and what waits, as far as the socket takes it."""
-        if self._deferred:
+        if self.deferred:
             self.send_deferred()
         while self._drain_some():
             pass

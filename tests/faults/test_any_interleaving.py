@@ -187,7 +187,7 @@ class Program:
     def hang_up(self, *_: object) -> None:
         recorder = switch.current_recorder()
         assert recorder is not None
-        recorder._channel.close()
+        recorder.channel.close()
         self.hung_up = True
 
 

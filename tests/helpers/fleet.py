@@ -179,13 +179,14 @@ class Fleet:
         self._period_ns = 1_000_000_000 // per_second
         self._random = random.Random(5)
         self._ns = self._free_ns = 1_000_000_000
+        monkeypatch.setattr(engine, "native", None)  # the clock and what is deferred are this one's own
         monkeypatch.setattr(engine, "perf_counter_ns", lambda: self._ns)
         self._scheduler: Any = types.SimpleNamespace(
             requests={}, add_request=lambda _: None, schedule=self._schedule, update_from_output=lambda *_: {}
         )
         config = types.SimpleNamespace(parallel_config=types.SimpleNamespace(world_size=self.ranks))
         followed = engine.EngineSteps(self._scheduler, config)
-        followed._limiter = Limiter(2, lambda: self._ns)
+        followed.limiter = Limiter(2, lambda: self._ns)
         followed._slow_steps = SlowSteps(3, captured.recorder.drops, lambda: self._ns)
 
     def run(self, steps: int) -> None:

@@ -58,11 +58,11 @@ def recorder():
 
 def all_is_sent():
     """Whether all steps that are closed are in the socket: they are sent several at once."""
-    return not any(thread.pending or thread.busy for thread in recorder().threads) and recorder()._channel.empty
+    return not any(thread.pending or thread.busy for thread in recorder().threads) and recorder().channel.empty
 
 def all_is_read():
     """Whether all steps are sent, and the relay has read them."""
-    unread = fcntl.ioctl(recorder()._channel._socket.fileno(), termios.TIOCOUTQ, bytes(4))
+    unread = fcntl.ioctl(recorder().channel._socket.fileno(), termios.TIOCOUTQ, bytes(4))
     return all_is_sent() and struct.unpack("i", unread) == (0,)
 
 if __name__ == "__main__":

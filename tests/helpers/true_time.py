@@ -434,7 +434,7 @@ class Engine:
         self.worker = Worker(settings, self.device)
         self.worker.limiter = context.Limiter(scenario.kept, self.clock)
         self.relay = Relay(wall, self._truths, self.run)
-        deliver(self.worker._channel, self.relay.take)
+        deliver(self.worker.channel, self.relay.take)
 
     def serve(self) -> Run:
         """Run the scenario."""

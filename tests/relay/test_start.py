@@ -33,7 +33,7 @@ def step_numbers(spans: list[Span]) -> list[int]:
 def test_a_process_is_connected_as_soon_as_it_turns_tracing_on(programs: Programs) -> None:
     worker = programs.start({"OTEL_TRACES_EXPORTER": "none"})
     # The idle thread gets no turn in between.
-    assert worker.ask("(sys.setswitchinterval(100), otel_npu.enable(), recorder()._channel.connected)")[2] is True
+    assert worker.ask("(sys.setswitchinterval(100), otel_npu.enable(), recorder().channel.connected)")[2] is True
 
 
 def test_what_a_worker_sends_while_its_relay_starts_arrives_although_it_is_killed(

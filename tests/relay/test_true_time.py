@@ -454,7 +454,7 @@ class Pinging:
         # A device of its own, because the process's keeps its events for whoever turns tracing on next.
         self.worker = Worker(Settings(export="inprocess", steps_per_second=0), Npu.open())
         self.sent: list[frames.Frame] = []
-        deliver(self.worker._channel, lambda packet: self.sent.extend(decoded(packet)))
+        deliver(self.worker.channel, lambda packet: self.sent.extend(decoded(packet)))
 
     @property
     def pings(self) -> list[frames.Ping]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import types
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
 import otel_npu
+from otel_npu.capture.context import Limiter
 from otel_npu.vllm import engine
 from otel_npu.vllm.arrival import KEY, Announced
 from otel_npu.vllm.usage import cached_tokens
 from otel_npu.wire import frames
 from tests.helpers.capturing import capturing, wait_until
+from tests.helpers.true_time import stage_clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -341,6 +345,52 @@ def test_a_scheduler_that_answers_strangely_is_not_disturbed(captured: Captured)
     assert captured.recorder.drops.take_unsent() == {"internal_error": 2}
 
 
+class Broken:
+    """Whatever is asked of it, it raises."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __next__(self) -> int:
+        raise self.error
+
+    def __getattr__(self, _: str) -> Any:
+        raise self.error
+
+    def __len__(self) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("part", ["limiter", "step_numbers", "slow", "channel"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_while_a_step_is_told_is_vllms_only_if_it_is_the_programs(
+    captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, part: str, error: type[BaseException]
+) -> None:
+    scheduler = Scheduler()
+    followed = engine.EngineSteps(scheduler, CONFIG)
+    scheduler.add_request(request("a"))
+    for _ in range(3):
+        scheduler.update_from_output(scheduler.schedule({"a": 1}), {"a": (1, None)})
+    if part == "channel":
+        monkeypatch.setattr(followed.channel, "deferred", Broken(error))
+    else:
+        monkeypatch.setattr(followed, part, Broken(error))
+
+    def run() -> Any:
+        output = scheduler.schedule({"a": 1})
+        return scheduler.update_from_output(output, {"a": (1, None)})
+
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        assert [output.request_id for output in run()[0].outputs] == ["a"]
+    monkeypatch.undo()
+    assert bool(captured.recorder.drops.take_unsent()) is (error is ValueError)
+    scheduler.update_from_output(scheduler.schedule({"a": 1}), {"a": (1, None)})
+    assert told(captured, frames.Scheduled)[-1].kind == "decode"
+
+
 def test_a_scheduler_without_one_of_the_methods_is_one_warning(
     captured: Captured, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -357,10 +407,9 @@ def test_a_scheduler_without_one_of_the_methods_is_one_warning(
 class Run:
     """A scheduler that runs one step after the other, on a clock of the test's own."""
 
-    def __init__(self, captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, captured: Captured, scheduler: Scheduler) -> None:
         self.captured, self.scheduler = captured, scheduler
         self.ns = 0
-        monkeypatch.setattr(engine, "perf_counter_ns", lambda: self.ns)
         scheduler.add_request(request("a"))
 
     def schedule(self, tokens: int = 1) -> Any:
@@ -378,12 +427,25 @@ class Run:
         return [updated.keep for updated in told(self.captured, frames.Updated)]
 
 
+@contextlib.contextmanager
+def running(captured: Captured, scheduler: Scheduler) -> Iterator[Run]:
+    """The scheduler, followed by the run's own clock."""
+
+    followed = engine.EngineSteps(scheduler, CONFIG)
+    one = Run(captured, scheduler)
+
+    def now() -> int:
+        return one.ns
+
+    followed.limiter = Limiter(captured.recorder.settings.steps_per_second, now)
+    with stage_clock(now), mock.patch.object(engine, "perf_counter_ns", now):
+        yield one
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    with capturing(steps_per_second=0) as captured:
-        scheduler = Scheduler()
-        engine.EngineSteps(scheduler, CONFIG)
-        yield Run(captured, scheduler, monkeypatch)
+def run() -> Iterator[Run]:
+    with capturing(steps_per_second=0) as captured, running(captured, Scheduler()) as run:
+        yield run
 
 
 def test_a_slow_step_is_told_with_its_output_and_the_workers_with_a_step_soon_after(run: Run) -> None:
@@ -424,23 +486,18 @@ def test_steps_are_compared_with_those_of_their_size(run: Run) -> None:
     assert run.reasons() == [""] * 40 + ["slow", ""]
 
 
-def test_with_slow_steps_off_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    with capturing(steps_per_second=0, slow_step=float("inf")) as captured:
-        scheduler = Scheduler()
-        engine.EngineSteps(scheduler, CONFIG)
-        run = Run(captured, scheduler, monkeypatch)
+def test_with_slow_steps_off_none_is_kept() -> None:
+    with capturing(steps_per_second=0, slow_step=float("inf")) as captured, running(captured, Scheduler()) as run:
         run.steps(20)
         run.steps(1, ms=1000)
         assert run.reasons() == [""] * 21
 
 
-def test_a_step_that_was_chosen_is_not_kept_twice(
-    captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(captured, scheduler, monkeypatch)  # every step is chosen
-    run.steps(20)
-    run.steps(1, ms=1000)
-    assert run.reasons() == [""] * 21
+def test_a_step_that_was_chosen_is_not_kept_twice(captured: Captured) -> None:
+    with running(captured, Scheduler()) as run:  # every step is chosen
+        run.steps(20)
+        run.steps(1, ms=1000)
+        assert run.reasons() == [""] * 21
 
 
 def test_steps_without_an_output_are_forgotten(captured: Captured) -> None:
@@ -449,7 +506,7 @@ def test_steps_without_an_output_are_forgotten(captured: Captured) -> None:
     scheduler.add_request(request("a"))
     for _ in range(1000):
         scheduler.schedule({"a": 1})
-    assert len(steps._running) == 64
+    assert len(steps.running) == 64
 
 
 # What a request got for nothing

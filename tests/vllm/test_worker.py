@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import sys
 import threading
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 TRACE, ENGINE_STEP = b"T" * 16, b"E" * 8
 
 
+@pytest.fixture(params=[False, True], ids=["first", "later"], autouse=True)
+def later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this is true of a worker's first step, and of those after it."""
+    monkeypatch.setattr(Worker, "later", request.param)
+    monkeypatch.setattr(hooks, "_connectors", False)
+
+
 def config(**parallel: int) -> Any:
     fields = {"tensor_parallel_size": 1, "world_size": 1, "data_parallel_rank": 0, **parallel}
     return types.SimpleNamespace(parallel_config=types.SimpleNamespace(**fields))
@@ -34,12 +43,19 @@ def config(**parallel: int) -> Any:
 class Worker:
     """Runs its stages in `execute_model` and `sample_tokens`, as model runner V1 does."""
 
+    later = False
+    """Whether a first step has been there, after which the extension module does what is usual."""
+
     def __init__(self, *, rank: int = 0, pooling: bool = False, **parallel: int) -> None:
         self.rank = rank
         self.vllm_config = config(**parallel)
         self.model_runner = types.SimpleNamespace(is_pooling_model=pooling)
         self.executing: Callable[[], object] = lambda: stage("gpu_model_runner: forward")
         self.sampling: Callable[[], object] = lambda: stage("gpu_model_runner: sample")
+        if self.later:
+            steps = hooks._of(self)
+            steps._recorder()
+            steps.usual = steps.samples and not hooks._connectors
 
     def execute_model(self, scheduler_output: Any) -> object:
         self.executing()
@@ -341,7 +357,8 @@ def test_without_the_engines_word_a_step_is_a_trace_of_its_own(captured: Capture
     assert not step.parent_span_id
 
 
-def test_a_worker_whose_configuration_is_strange_runs_on(captured: Captured) -> None:
+def test_a_worker_whose_configuration_is_strange_runs_on(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "later", False)
     worker = Worker()
     del worker.vllm_config.parallel_config
     assert worker.execute_model(output(result="output")) == "output"
@@ -355,6 +372,66 @@ def test_nothing_is_captured_once_tracing_is_off(captured: Captured) -> None:
     worker.sample_tokens(None)
     worker.execute_model(output(result="output"))
     assert switch.current_recorder() is None
+
+
+@pytest.mark.parametrize(
+    "call", [lambda worker, given: worker.execute_model(scheduler_output=given), Worker.execute_model]
+)
+def test_a_step_may_be_asked_for_in_any_way(captured: Captured, call: Any) -> None:
+    assert call(Worker(), output(result="output")) == "output"
+    assert captured.step().number == 7
+
+
+def test_what_stands_in_vllms_place_says_what_it_stands_for() -> None:
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        """Run it."""
+
+    for hook in (hooks.around_execute_model, hooks.around_sample_tokens):
+        replacement = functools.update_wrapper(hook(execute_model), execute_model)
+        assert (replacement.__name__, replacement.__doc__) == ("execute_model", "Run it.")
+        assert inspect.signature(replacement) == inspect.signature(execute_model)
+        assert "scheduler_output" in str(inspect.signature(types.MethodType(replacement, Worker())))
+
+
+def test_a_step_that_another_one_turned_out_slow_before_tells_its_own_relay(captured: Captured) -> None:
+    given = output(result="output")
+    trace_id, span_id, number, kind, kept, _ = getattr(given, STEP_ATTRIBUTE)
+    setattr(given, STEP_ATTRIBUTE, (trace_id, span_id, number, kind, kept, (b"slow....",)))
+    Worker().execute_model(given)
+    assert captured.step().parent_span_id == ENGINE_STEP
+    assert [frame.span_ids for frame in captured.sent if isinstance(frame, frames.Keep)] == [[b"slow...."]]
+
+
+@pytest.mark.parametrize("told", [None, (), (TRACE, ENGINE_STEP, 7, "decode", True), (TRACE, 1, "7", 2, 3, 4)])
+def test_what_an_engine_says_in_another_way_is_not_vllms_fault(captured: Captured, told: object) -> None:
+    worker = Worker()
+    given = output(result="output")
+    setattr(given, STEP_ATTRIBUTE, told)
+    assert worker.execute_model(given) == "output"
+    worker.execute_model(output(result="output"))
+    assert captured.steps()[-1].number == 7
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_at_a_steps_end_is_vllms_only_if_it_is_the_programs(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    worker = Worker()
+    worker.execute_model(output())
+    monkeypatch.setattr(captured.recorder, "batch", 1)
+    monkeypatch.setattr(captured.recorder, "step_closed", fail)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            worker.sample_tokens("output")
+    else:
+        assert worker.sample_tokens("output") == "output"
+    monkeypatch.undo()
+    worker.execute_model(output(result="output"))
+    assert len(captured.steps()) == 2
+    assert captured.dropped() == ({} if error is KeyboardInterrupt else {semconv.INTERNAL_ERROR: 1})
 
 
 class RayWorkerWrapper:
