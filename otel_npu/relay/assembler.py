@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from otel_npu import semconv
+from otel_npu.ids import new_bytes
 from otel_npu.drops import Drops, add_up
 from otel_npu.relay.keeping import Keeping
 from otel_npu.relay.making import Unmade
@@ -227,7 +227,7 @@ class Assembler:
         }
         return self.spans.span(
             semconv.UNFINISHED_STAGE,
-            (frame.trace_id, os.urandom(8), frame.parent_span_id),
+            (frame.trace_id, new_bytes(8), frame.parent_span_id),
             attributes,
             (frame.entered_ns + unix_ns, frame.now_ns + unix_ns),
             error="unfinished",

@@ -70,11 +70,10 @@ class Batch:
             encoded: The same, encoded.
             keep: Whether there is an exporter that takes them as they are.
         """
-        for span, content in zip(spans, encoded, strict=True):
-            self.request.add(span, content)
-            counts = drop_counts(span)
-            if counts:
-                add_up(self.drop_counts, counts)
+        self.request.add(spans, encoded)
+        for span in spans:
+            if span._name.startswith(_CARRIERS):
+                add_up(self.drop_counts, drop_counts(span))
         if keep:
             self.spans += spans
         self.count += len(spans)

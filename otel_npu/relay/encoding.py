@@ -49,7 +49,7 @@ class SharedAttributes(dict[str, Any]):
         """All of a span that has these attributes, but for its ids and flags."""
         if span._events or span._links:
             return _encode_all_but_ids(span)
-        what = span.name, span.start_time, span.end_time
+        what = span._name, span._start_time, span._end_time
         if self._encoded[0] != what:
             self._encoded = what, _encode_all_but_ids(span)
         return self._encoded[1]
@@ -81,17 +81,18 @@ def encode_span(span: ReadableSpan) -> bytes:
 
 
 def _encode_all_but_ids(span: ReadableSpan) -> bytes:
-    times = _TIMES(0x39, span.start_time or 0, 0x41, span.end_time or 0)
-    parts = [_text(0x2A, span.name), _KINDS[span.kind], times]
     # The properties copy: what they copy from has had these names since the first release of the SDK.
     attributes, events, links = span._attributes, span._events, span._links
+    parts = [_beginning(span._name, span._kind), _TIMES(0x39, span._start_time or 0, 0x41, span._end_time or 0)]
     if attributes:
-        parts += [_attribute(0x4A, key, value) for key, value in attributes.items()]
+        _add_attributes(parts, attributes)
     if events:
         parts += [_field(0x5A, _event(event)) for event in events]
     if links:
         parts += _raw_links(links) if isinstance(links, Links) else [_field(0x6A, _link(link)) for link in links]
-    parts += (_counts(span, attributes, events, links), _status(span._status))
+    if getattr(attributes, "dropped", 0) or getattr(events, "dropped", 0) or getattr(links, "dropped", 0):
+        parts.append(_counts(span))
+    parts.append(_status(span._status))
     return b"".join(parts)
 
 
@@ -104,14 +105,17 @@ class Request:
         # By identity: a resource's own hash is dear, and one process's spans share one.
         self._parts: dict[tuple[int, int], tuple[ReadableSpan, list[bytes]]] = {}
 
-    def add(self, span: ReadableSpan, encoded: bytes) -> None:
-        """Take in a span."""
-        key = id(span._resource), id(span._instrumentation_scope)
-        part = self._parts.get(key)
-        if part is None:
-            part = self._parts[key] = span, []
-        part[1].append(encoded)
-        self.size += len(encoded)
+    def add(self, spans: Sequence[ReadableSpan], encoded: Sequence[bytes]) -> None:
+        """Take in spans."""
+        resource: Any = None
+        scope: Any = None
+        part: list[bytes] = []
+        for span, content in zip(spans, encoded, strict=True):
+            if span._resource is not resource or span._instrumentation_scope is not scope or not part:
+                resource, scope = span._resource, span._instrumentation_scope
+                part = self._parts.setdefault((id(resource), id(scope)), (span, []))[1]
+            part.append(content)
+        self.size += sum(map(len, encoded))
 
     def clear(self) -> None:
         """Let go of the spans."""
@@ -131,9 +135,8 @@ def encode_request(spans: Iterable[ReadableSpan]) -> bytes:
     Raises:
         Exception: As for each of them.
     """
-    request = Request()
-    for span in spans:
-        request.add(span, encode_span(span))
+    request, taken = Request(), [*spans]
+    request.add(taken, [encode_span(span) for span in taken])
     return request.encode()
 
 
@@ -180,10 +183,8 @@ def _link(link: Link) -> bytes:
     return b"".join(parts)
 
 
-def _counts(span: ReadableSpan, *bounded: Any) -> bytes:
+def _counts(span: ReadableSpan) -> bytes:
     """How many attributes, events and links were beyond the limits."""
-    if not any(getattr(part, "dropped", 0) for part in bounded):  # nearly always
-        return b""
     counts = ((b"\x50", span.dropped_attributes), (b"\x60", span.dropped_events), (b"\x70", span.dropped_links))
     return b"".join(tag + _varint(count) for tag, count in counts if count)
 
@@ -203,22 +204,39 @@ def _status(status: Status | None) -> bytes:
 _MAX_REMEMBERED: Final = 4096
 _LONGEST_REMEMBERED: Final = 64
 _LARGEST_REMEMBERED: Final = 1024
-_before_floats: Final[dict[tuple[int, str], bytes]] = {}
-_whole_pairs: Final[dict[tuple[int, str, type, Any], bytes]] = {}
+_before_floats: Final[dict[str, bytes]] = {}
+_whole_pairs: Final[dict[tuple[str, type, Any], bytes]] = {}
+_beginnings: Final[dict[tuple[str, SpanKind], bytes]] = {}
+
+
+def _beginning(name: str, kind: SpanKind) -> bytes:
+    """A span's name and kind."""
+    known = _beginnings.get((name, kind))
+    return known or _remember(_beginnings, (name, kind), _text(0x2A, name) + _KINDS[kind])
+
+
+def _add_attributes(parts: list[bytes], attributes: Mapping[str, Any]) -> None:
+    """A span's attributes: those of which there are many, without a call for each."""
+    floats, pairs = _before_floats, _whole_pairs
+    for key, value in attributes.items():
+        kind = type(value)
+        if kind is float:
+            before = floats.get(key)
+            if before is None:
+                before = _remember(floats, key, _pair(0x4A, key, _any_value(0.0))[:-8])
+            parts += (before, _DOUBLE(value))
+        elif kind is str or kind is int:
+            known = pairs.get((key, kind, value))
+            if known is None:
+                known = _pair(0x4A, key, _any_value(value))
+                if len(value) <= _LONGEST_REMEMBERED if kind is str else 0 <= value <= _LARGEST_REMEMBERED:
+                    _remember(pairs, (key, kind, value), known)
+            parts.append(known)
+        else:
+            parts.append(_pair(0x4A, key, _any_value(value)))
 
 
 def _attribute(tag: int, key: str, value: Any) -> bytes:
-    kind = type(value)
-    if kind is float:
-        before = _before_floats.get((tag, key))
-        if before is None:
-            before = _remember(_before_floats, (tag, key), _pair(tag, key, _any_value(0.0))[:-8])
-        return before + _DOUBLE(value)
-    if (kind is str and len(value) <= _LONGEST_REMEMBERED) or (kind is int and 0 <= value <= _LARGEST_REMEMBERED):
-        known = _whole_pairs.get((tag, key, kind, value))
-        if known is None:
-            known = _remember(_whole_pairs, (tag, key, kind, value), _pair(tag, key, _any_value(value)))
-        return known
     return _pair(tag, key, _any_value(value))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import Event
 
 from otel_npu import semconv
+from otel_npu.ids import new_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ def send_span(client: Client, frame: Request, start_ns: int, sent: Transfers, un
         attributes[semconv.RESPONSE_ID] = frame.response_id
     return client.assembler.spans.span(
         semconv.KV_SEND,
-        (frame.trace_id, os.urandom(8), frame.parent_span_id),
+        (frame.trace_id, new_bytes(8), frame.parent_span_id),
         attributes,
         (start_ns + unix_ns, sent.at_ns + unix_ns),
     )
@@ -79,7 +79,7 @@ class _RequestSpans:
         ]
         events = self._events([semconv.QUEUE, *(name for name, _ in ran)])
         queue = {semconv.TIMING: semconv.TIMING_HOST, **({} if ran else _ending(request))}
-        self._top(semconv.QUEUE, os.urandom(8), self._queue_times(), queue, events[semconv.QUEUE])
+        self._top(semconv.QUEUE, new_bytes(8), self._queue_times(), queue, events[semconv.QUEUE])
         for load in request.loads:
             self._load(load)
         for name, phase in ran:
@@ -91,7 +91,7 @@ class _RequestSpans:
                 attributes[semconv.REQUEST_ATTRIBUTED_DEVICE_TIME] = semconv.seconds(
                     phase.attributed_ns + request.surplus.attributed_ns
                 )
-            own_id = os.urandom(8)
+            own_id = new_bytes(8)
             attributes.update(self._inside(name, phase, own_id))
             self._top(name, own_id, self._unix(phase.start_ns, phase.end_ns), attributes, events[name])
 
@@ -127,7 +127,7 @@ class _RequestSpans:
             semconv.KV_CONNECTOR: load.connector,
         }
         times_ns = load.start_ns + self._unix_ns, ended_ns
-        self._top(semconv.KV_LOAD, os.urandom(8), times_ns, attributes, error=error)
+        self._top(semconv.KV_LOAD, new_bytes(8), times_ns, attributes, error=error)
 
     def _inside(self, name: str, phase: Phase, phase_id: bytes) -> dict[str, Any]:
         """What is in a phase: its only step's stages, or spans of its steps; what the phase has to say of them."""
@@ -141,7 +141,7 @@ class _RequestSpans:
                 phase, step.number - 1 - done, step.device_before_ns - device_ns, (end_ns, times.start_ns), phase_id
             )
             done, device_ns, end_ns = step.number, step.device_before_ns + times.device_ns, times.end_ns
-            own_id = os.urandom(8)
+            own_id = new_bytes(8)
             attributes = self._stages(times, own_id).of_step(times, step.tokens)
             ids, span_times_ns = (self._trace_id, own_id, phase_id), self._unix(times.start_ns, times.end_ns)
             self.spans.append(self._maker.span(_STEP_NAMES[name], ids, attributes, span_times_ns))
@@ -158,7 +158,7 @@ class _RequestSpans:
             semconv.REQUEST_DEVICE_TIME: semconv.seconds(device_ns),
             semconv.TIMING: phase.timing,
         }
-        ids = self._trace_id, os.urandom(8), parent_id
+        ids = self._trace_id, new_bytes(8), parent_id
         self.spans.append(self._maker.span(semconv.OTHER_STEPS, ids, attributes, self._unix(*times_ns)))
 
     def _stages(self, times: StepTimes, parent_id: bytes) -> _Known:

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.util import BoundedList
 
 from otel_npu import semconv
+from otel_npu.ids import new_bytes
 from otel_npu.relay.encoding import SharedAttributes
 from otel_npu.relay.links import Links
 from otel_npu.relay.own_span import OwnSpan
@@ -190,7 +191,7 @@ class StageSpans:
                 stages that merely overlap with it are its children all the same.
             links: Links of the outermost.
         """
-        random = os.urandom(8 * len(self._made))
+        random = new_bytes(8 * len(self._made))
         ids = [random[at : at + 8] for at in range(0, len(random), 8)]
         if first and ids:
             ids[0] = first

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from otel_npu import semconv
 from otel_npu.capture import context
+from otel_npu.ids import new_bytes
 from otel_npu.native import native
 from otel_npu.slow import SlowSteps
 from otel_npu.vllm import tracing
@@ -267,7 +268,7 @@ class EngineSteps(EngineRecord):
         if gone or new or preempted or listed is None or not listed.like(output.num_scheduled_tokens):
             listed = self._list(output.num_scheduled_tokens)
         kind = listed.kind
-        ids = context.new_bytes(24)
+        ids = new_bytes(24)
         trace_id, span_id = ids[8:] if recorder.settings.root_traces else b"", ids[:8]
         kept = self._kept(recorder, kind)
         slow: tuple[bytes, ...] = ()
@@ -356,7 +357,7 @@ class EngineSteps(EngineRecord):
     ) -> frames.Scheduled:
         """Word of requests that have ended, where there is no step to say it with."""
         return frames.Scheduled(
-            b"", context.new_bytes(8), 0, _DECODE, opened_ns, scheduled_ns, self._ranks, 0, 0, [], [], [], [], ended,
+            b"", new_bytes(8), 0, _DECODE, opened_ns, scheduled_ns, self._ranks, 0, 0, [], [], [], [], ended,
             dropped, kept=False, pipeline=self._pipeline,
         )  # fmt: skip
 

@@ -17,7 +17,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from otel_npu import semconv
-from otel_npu.capture.context import SAMPLED, header_text, new_bytes
+from otel_npu.capture.context import SAMPLED, header_text
+from otel_npu.ids import new_bytes
 from otel_npu.vllm import chosen, tracing
 from otel_npu.vllm.arrival import KEY, Announced, Arrival
 from otel_npu.wire import frames

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_npu import semconv
 from otel_npu.capture import switch
-from otel_npu.capture.context import NO_RANK, Ids, new_bytes, open_step
+from otel_npu.capture.context import NO_RANK, Ids, open_step
 from otel_npu.capture.records import Rank, new_stage, new_step
 from otel_npu.capture.stages import Stage
 from otel_npu.capture.steps import Step
+from otel_npu.ids import new_bytes
 from otel_npu.native import native
 from otel_npu.vllm import stages, tracing
 from otel_npu.vllm.engine import STEP_ATTRIBUTE, WORKER_ATTRIBUTE

@@ -204,15 +204,15 @@ def test_the_ids_of_a_forked_child_are_its_own(run_program: Callable[..., Any]) 
     run_program(
         """
     import os
-    from otel_npu.capture import context
+    from otel_npu.ids import new_bytes
 
     reading, writing = os.pipe()
     for _ in range(3):
         if not os.fork():
-            os.write(writing, context.new_bytes(16))
+            os.write(writing, new_bytes(16))
             os._exit(0)
         os.wait()
-    ids = [context.new_bytes(16), *(os.read(reading, 16) for _ in range(3))]
+    ids = [new_bytes(16), *(os.read(reading, 16) for _ in range(3))]
     assert len(set(ids)) == 4
     """
     )

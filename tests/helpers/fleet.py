@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from otel_npu import semconv
-from otel_npu.capture.context import Limiter, new_bytes
+from otel_npu.capture.context import Limiter
 from otel_npu.drops import Drops
+from otel_npu.ids import new_bytes
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
 from otel_npu.relay.joiner import Joiner

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from otel_npu.capture.context import new_bytes
+from otel_npu.ids import new_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
