@@ -56,7 +56,7 @@ coverage: $(VENV)/.test ## Run the tests that are quick or of small programs, an
 	rm -f .coverage .coverage.*
 	$(MEASURED) -m "not slow"
 	$(MEASURED) -m slow $(MEASURED_SLOW)
-	OTEL_NPU_PURE_PYTHON=1 $(MEASURED) -m "not slow" tests/capture tests/vllm/test_worker.py
+	OTEL_NPU_PURE_PYTHON=1 $(MEASURED) -m "not slow" tests/capture tests/vllm/test_worker.py tests/vllm/test_engine.py
 	$(BIN)/coverage report $(LEAST)
 
 faults: $(VENV)/.test ## Go through faults at length: a quarter of an hour

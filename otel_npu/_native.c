@@ -1,8 +1,10 @@
-/* The ways in and out of a step and a stage, the reading of finished events, and the packing of steps, without an interpreter.
+/* The ways in and out of a step and a stage, the reading of finished events, the packing of steps, and what goes round vLLM's
+   functions in a usual step, without an interpreter.
 
    Between two steps a server runs millions of instructions, so whatever a step touches is out of the caches: what costs
    is how much of it there is. What is written here is what `capture/plain.py` says, which is used where this is not built; what
-   happens seldom stands in Python alone, in `capture/steps.py` and `capture/stages.py`, and is called from both. Nothing here gives the GIL away, and
+   happens seldom stands in Python alone, in `capture/steps.py` and `capture/stages.py`, and is called from both. Of vLLM's hooks
+   the usual step is here, and all of it in `vllm/worker.py` and `vllm/engine.py`. Nothing here gives the GIL away, and
    no signal handler runs between two lines of it. */
 
 #define PY_SSIZE_T_CLEAN
@@ -1159,9 +1161,11 @@ static PyObject *use_hooks(PyObject *module, PyObject *args)
 /* Tell of an error of ours, so that it is not the caller's; -1 if it was none of ours, and goes on. */
 static int tell_fault(void)
 {
-    PyObject *error = take_error(), *told = PyObject_CallOneArg(hooks.fault, error);
+    if (!PyErr_Occurred())
+        return 0;
+    PyObject *error = take_error(), *told = error == NULL ? NULL : PyObject_CallOneArg(hooks.fault, error);
     Py_XDECREF(told);
-    Py_DECREF(error);
+    Py_XDECREF(error);
     return told == NULL ? -1 : 0;
 }
 

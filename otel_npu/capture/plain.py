@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from otel_npu.capture.context import Ids, Limiter, Rank
 
 NOT_OPENED: Final = -1
-BATCH: Final = 96
+BATCH: Final = 256
 """So many steps and stages at most wait for each other, to be resolved and sent at once. See `benchmarks/step_cost.py`:
-what is run once between two steps is cold, and costs several times as much."""
+what is run once between two steps is cold, and costs several times as much. More than come between two looks of the
+idle thread in a server whose steps take 2 ms: if both resolve by turns, each has half as much to do as often."""
 BATCH_NS: Final = 250_000_000
 """When the oldest has waited for so long, the thread that closes the next does it: the idle thread, which mostly has
 done it before, gets no turn."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 
 from otel_npu import semconv
-from otel_npu.ids import new_bytes
 from otel_npu.drops import Drops, add_up
+from otel_npu.ids import new_bytes
 from otel_npu.relay.keeping import Keeping
 from otel_npu.relay.making import Unmade
 from otel_npu.relay.placing import Ran, Timeline

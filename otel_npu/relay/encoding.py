@@ -278,12 +278,15 @@ _VALUES: Final[tuple[tuple[type, Callable[[Any], bytes]], ...]] = (
 # Protobuf.
 
 _SEVEN_BITS: Final = 0x7F
+_FOURTEEN_BITS: Final = 0x3FFF
 _ONE_BYTE: Final = tuple(bytes((number,)) for number in range(_SEVEN_BITS + 1))
 
 
 def _varint(number: int) -> bytes:
     if number <= _SEVEN_BITS:
         return _ONE_BYTE[number]
+    if number <= _FOURTEEN_BITS:
+        return bytes((number & _SEVEN_BITS | 0x80, number >> 7))
     digits = bytearray()
     while number > _SEVEN_BITS:
         digits.append(number & _SEVEN_BITS | 0x80)

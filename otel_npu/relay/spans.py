@@ -32,6 +32,7 @@ _log = logging.getLogger("otel_npu.relay")
 _MAX_LINKS: Final = 4096
 _DEFAULT_LIMIT: Final = 128
 _BOUNDED: Final = (SharedAttributes, BoundedAttributes)
+_PLAIN: Final = (str, int, float, bool)
 
 
 def span_limits() -> SpanLimits:
@@ -107,7 +108,7 @@ class SpanMaker:
         return bounded if getattr(bounded, "dropped", 0) else SharedAttributes(bounded)
 
     def _bounded(self, attributes: Any, own_attributes: Attributes | None, error: str | None) -> Any:
-        """The attributes, within the limits. What is our own and within them needs no more than its dict."""
+        """The attributes, within the limits. What is within them, and plain, needs no more than its dict."""
         if type(attributes) in _BOUNDED:  # isinstance() asks an abstract class, which takes longer than all else here
             return attributes
         if error is not None:
@@ -115,7 +116,8 @@ class SpanMaker:
         if own_attributes:
             attributes = {**own_attributes, **attributes}
         most, longest = self._limits.max_span_attributes, self._limits.max_span_attribute_length
-        if not own_attributes and longest is None and (most is None or len(attributes) <= most):
+        plain = not own_attributes or all(key and type(value) in _PLAIN for key, value in own_attributes.items())
+        if plain and longest is None and (most is None or len(attributes) <= most):
             return attributes
         return BoundedAttributes(most, attributes, immutable=False, max_value_len=longest)
 
