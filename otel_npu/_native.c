@@ -1074,7 +1074,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *channel, *frame, *limiter, *listed, *running, *slow, *step_numbers, *told, *word;
+    PyObject *channel, *frame, *limiter, *listed, *running, *slow, *step_numbers, *told, *unsent, *word;
 } EngineRecord;
 
 typedef struct {
@@ -1086,7 +1086,7 @@ typedef struct {
 #define VISIT_WORKER(X) X(rank) X(step) X(told)
 #define VISIT_CHANNEL(X) X(deferred)
 #define VISIT_LISTED(X) X(kind) X(span_id) X(tokens)
-#define VISIT_ENGINE(X) X(channel) X(frame) X(limiter) X(listed) X(running) X(slow) X(step_numbers) X(told) X(word)
+#define VISIT_ENGINE(X) X(channel) X(frame) X(limiter) X(listed) X(running) X(slow) X(step_numbers) X(told) X(unsent) X(word)
 #define VISIT_AROUND(X) X(attributes) X(inside) X(otherwise) X(after) X(record)
 
 RECORD(WorkerRecord, worker, VISIT_WORKER)
@@ -1134,7 +1134,8 @@ RECORD_TYPE(ListedRecord, listed, Py_TPFLAGS_BASETYPE)
 static PyMemberDef engine_members[] = {
     OBJECT(EngineRecord, channel) OBJECT(EngineRecord, frame) OBJECT(EngineRecord, limiter)
     OBJECT(EngineRecord, listed) OBJECT(EngineRecord, running) OBJECT(EngineRecord, slow)
-    OBJECT(EngineRecord, step_numbers) OBJECT(EngineRecord, told) OBJECT(EngineRecord, word)
+    OBJECT(EngineRecord, step_numbers) OBJECT(EngineRecord, told) OBJECT(EngineRecord, unsent)
+    OBJECT(EngineRecord, word)
     {NULL},
 };
 RECORD_TYPE(EngineRecord, engine, Py_TPFLAGS_BASETYPE)
@@ -1218,8 +1219,10 @@ static int open_usual(WorkerRecord *worker, PyObject *output)
     StepRecord *step = NULL;
     int usual = PyBytes_Check(trace_id) && PyBytes_GET_SIZE(trace_id) <= 16 && PyBytes_Check(parent_id) &&
                 PyBytes_GET_SIZE(parent_id) <= 8 && PyTuple_Check(slow) && !PyTuple_GET_SIZE(slow);
-    long long number = usual ? PyLong_AsLongLong(PyTuple_GET_ITEM(told, 2)) : 0;
-    if (usual && !PyErr_Occurred())
+    int overflow = 0;
+    usual = usual && PyLong_Check(PyTuple_GET_ITEM(told, 2));
+    long long number = usual ? PyLong_AsLongLongAndOverflow(PyTuple_GET_ITEM(told, 2), &overflow) : 0;
+    if (usual && !overflow)
         step = make_step(front.Step, capture, kind, front.no_requests, Py_None);
     if (step != NULL) {
         unsigned long long span_id = next_random();
@@ -1337,7 +1340,8 @@ static int tell_repeated(EngineRecord *engine, PyObject *output, long long opene
 {
     CaptureRecord *recorder = (CaptureRecord *)capturing();
     if (recorder == NULL || (PyObject *)recorder != engine->told || ABSENT(engine->listed) ||
-        !PyObject_TypeCheck(engine->listed, &ListedRecord_Type) || PyObject_Length(engine->slow))
+        !PyObject_TypeCheck(engine->listed, &ListedRecord_Type) || PyObject_Length(engine->slow) ||
+        PyObject_Length(engine->unsent))
         return PyErr_Occurred() ? -1 : 0;
     ListedRecord *listed = (ListedRecord *)engine->listed;
     if (ABSENT(listed->span_id) || listed->repeated + 1 >= hooks.list_every)
@@ -1953,12 +1957,11 @@ static StageRecord *next_stage(PyObject *stages, Py_ssize_t *index)
 
 static PyObject *last_stages(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *stages = count == 2 ? stages_of(args[0]) : NULL, *last = NULL;
+    PyObject *last = PyDict_New(); /* first: to make it may let others run, who let go of the stages */
+    PyObject *stages = last != NULL && count == 2 ? stages_of(args[0]) : NULL;
     Py_ssize_t index = 0;
     StageRecord *stage;
-    if (stages == NULL || (last = PyDict_New()) == NULL)
-        return NULL;
-    while ((stage = next_stage(stages, &index)) != NULL) {
+    while (stages != NULL && (stage = next_stage(stages, &index)) != NULL) {
         if (!stage->exited_ns) {
             Py_DECREF(last);
             Py_RETURN_NONE;
@@ -1974,22 +1977,20 @@ static PyObject *last_stages(PyObject *module, PyObject *const *args, Py_ssize_t
         if (PyErr_Occurred())
             break;
     }
-    if (PyErr_Occurred())
+    if (stages == NULL || PyErr_Occurred())
         Py_CLEAR(last);
     return last;
 }
 
 static PyObject *timed(PyObject *module, PyObject *step)
 {
-    PyObject *stages = stages_of(step), *found = stages == NULL ? NULL : PyList_New(0);
+    PyObject *found = PyList_New(0), *stages = found == NULL ? NULL : stages_of(step); /* as above */
     Py_ssize_t index = 0;
     StageRecord *stage;
-    if (found == NULL)
-        return NULL;
-    while ((stage = next_stage(stages, &index)) != NULL)
+    while (stages != NULL && (stage = next_stage(stages, &index)) != NULL)
         if (!ABSENT(stage->pair) && PyList_Append(found, (PyObject *)stage) < 0)
             break;
-    if (PyErr_Occurred())
+    if (stages == NULL || PyErr_Occurred())
         Py_CLEAR(found);
     return found;
 }

@@ -25,7 +25,8 @@ class Drops:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._unsent: dict[str, int] = {}
+        self.unsent: dict[str, int] = {}
+        """What goes with the next frame. Always the same: whoever sends many looks whether there is anything."""
         self._unlogged: dict[str, int] = {}
         self.lost = 0
         """How much of what was captured did not reach the relay."""
@@ -34,7 +35,7 @@ class Drops:
     def add(self, reason: str, count: int = 1) -> None:
         """Count something that was left out."""
         with self._lock:
-            self._unsent[reason] = self._unsent.get(reason, 0) + count
+            self.unsent[reason] = self.unsent.get(reason, 0) + count
             self._unlogged[reason] = self._unlogged.get(reason, 0) + count
             if reason in _LOST:
                 self.lost += count
@@ -43,14 +44,16 @@ class Drops:
     def put_back(self, counts: dict[str, int]) -> None:
         """What was taken to be sent did not arrive: it goes with the next frame."""
         with self._lock:
-            add_up(self._unsent, counts)
+            add_up(self.unsent, counts)
 
     def take_unsent(self) -> dict[str, int]:
         """The counts since the last call, for the next frame."""
-        if not self._unsent:  # nearly always
-            return {}
-        with self._lock:
-            counts, self._unsent = self._unsent, {}
+        counts: dict[str, int] = {}
+        if self.unsent:  # seldom
+            with self._lock:
+                while self.unsent:  # one by one: what a signal handler adds meanwhile is not lost
+                    reason, count = self.unsent.popitem()
+                    counts[reason] = counts.get(reason, 0) + count
         return counts
 
     def totals(self) -> dict[str, int]:

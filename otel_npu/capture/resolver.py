@@ -122,11 +122,15 @@ class Resolver:
 
     def _read(self, stages: list[StageRecord]) -> None:
         """Give a step's stages that have event pairs their times, and the pairs back to the pool."""
-        pools: dict[int, list[StageRecord]] = {}
+        pools: dict[int, tuple[list[StageRecord], list[Pair]]] = {}
         for stage in stages:
-            pools.setdefault(id(stage.pair.pool), []).append(stage)
+            pair = stage.pair
+            if pair is not None:  # a signal handler may have waited for it just now
+                of_one_device = pools.setdefault(id(pair.pool), ([], []))
+                of_one_device[0].append(stage)
+                of_one_device[1].append(pair)
         for of_one_device in pools.values():
-            self._read_pairs(of_one_device, [stage.pair for stage in of_one_device])
+            self._read_pairs(*of_one_device)
 
     def _read_pairs(self, timed: list[StageRecord], pairs: list[Pair]) -> None:
         """The same for stages of one device."""
@@ -266,9 +270,12 @@ def _done(step: StepRecord, done_on: set[int], drops: Drops) -> bool:
                     return False
                 drops.add(semconv.INTERRUPTED)
                 let_go(stages[index], step.closed_ns, drops)
-        last = last_stages(step, done_on) or {}
+        last = last_stages(step, done_on)
+        if last is None:  # another thread has entered one meanwhile
+            return False
     for stream, stage in last.items():
-        if not stage.pair.end.query():
+        pair = stage.pair
+        if pair is not None and not pair.end.query():
             return False
         done_on.add(stream)
     return True

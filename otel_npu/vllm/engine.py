@@ -84,6 +84,7 @@ if TYPE_CHECKING or native is None:
             slow: What the workers are to be told with the next step.
             step_numbers: The numbers of steps to come.
             told: What the steps are told to, once all of this is there.
+            unsent: The drop counts that are to go with the next frame.
             word: Makes the frame of a step that has its output.
         """
 
@@ -95,6 +96,7 @@ if TYPE_CHECKING or native is None:
         slow: deque[bytes]
         step_numbers: itertools.count[int]
         told: Recorder | None
+        unsent: dict[str, int]
         word: Callable[..., frames.Updated]
 
 else:
@@ -303,7 +305,7 @@ class EngineSteps(EngineRecord):
         if listed.span_id is None:
             listed.span_id = span_id
         if self._transfers is None:  # else there is more to do
-            self.told, self.channel = recorder, recorder.channel
+            self.told, self.channel, self.unsent = recorder, recorder.channel, recorder.drops.unsent
 
     def _frame(
         self,

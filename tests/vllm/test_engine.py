@@ -391,6 +391,20 @@ def test_an_error_while_a_step_is_told_is_vllms_only_if_it_is_the_programs(
     assert told(captured, frames.Scheduled)[-1].kind == "decode"
 
 
+def test_what_was_left_out_is_told_with_the_next_step_though_that_repeats_the_one_before(
+    captured: Captured, scheduler: Scheduler
+) -> None:
+    """Of an engine whose workers are other processes nothing else tells it."""
+    scheduler.add_request(request("a"))
+    for number in range(8):
+        if number == 5:
+            captured.recorder.drops.add("too_many_slow", 3)
+        scheduler.update_from_output(scheduler.schedule({"a": 4 if number == 0 else 1}), {"a": (1, None)})
+    steps = told(captured, frames.Scheduled)
+    assert [step.dropped for step in steps] == [{}] * 5 + [{"too_many_slow": 3}] + [{}] * 2
+    assert [step.like == steps[1].span_id for step in steps] == [False] * 2 + [True] * 6
+
+
 def test_a_scheduler_without_one_of_the_methods_is_one_warning(
     captured: Captured, caplog: pytest.LogCaptureFixture
 ) -> None:
