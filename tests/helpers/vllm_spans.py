@@ -159,17 +159,29 @@ def _assert_inside(span: Span, parent: Span) -> None:
         assert span.name == semconv.KV_SEND or span.end_ns <= parent.end_ns, f"{span} ends after {parent}"
 
 
-def steps_of(receiver: Receiver, ranks: int = 1) -> Spans:
-    """The spans, once each of the engine's steps has the spans of all ranks."""
+def steps_of(receiver: Receiver, ranks: int = 1, *, all_kept: bool = False) -> Spans:
+    """The spans, once each of the engine's steps has the spans of all ranks.
+
+    Where all steps are kept, those that the requests speak of too: requests are made first, and may leave in a batch
+    before the last of their steps.
+    """
 
     def arrived() -> Spans | None:
         spans = Spans(receiver.spans)
         whole = all(len(spans.children(step)) >= ranks for step in spans.named(semconv.ENGINE_STEP))
         placed = all(spans.parent(step) is not None for step in spans.worker_steps)
-        return spans if whole and placed else None
+        requests = spans.named(LLM_REQUEST) if all_kept else []
+        served = all(len(linked_steps(spans, request)) >= _steps_said(spans, request) for request in requests)
+        return spans if whole and placed and served else None
 
     found: Spans = eventually(arrived, "all steps have arrived", ARRIVAL_SECONDS)
     return found
+
+
+def _steps_said(spans: Spans, request: Span) -> int:
+    """In how many steps a request says that it was."""
+    names = (semconv.REQUEST_STEPS, semconv.REQUEST_SURPLUS_STEPS)
+    return sum(span.attributes.get(name, 0) for span in spans.children(request) for name in names)
 
 
 def assert_steps_whole(spans: Spans, ranks: int = 1) -> None:

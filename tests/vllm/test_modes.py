@@ -109,7 +109,7 @@ def test_all_ranks_of_a_step_are_in_one_trace_and_what_was_sent_survives_sigkill
         callers = ask_mixed(client, 100)
         traces = {caller.trace_id for caller in callers}
         requests_of(receiver, lambda span: span.trace_id in traces, len(callers))
-        spans = steps_of(receiver, ranks=2)
+        spans = steps_of(receiver, ranks=2, all_kept=True)
         assert_all_right(spans, callers, ranks=2)
         of_ranks = [query for query in blocks("traceql") if "worker_step rank" in query]
         assert of_ranks
