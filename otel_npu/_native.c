@@ -1957,8 +1957,12 @@ static StageRecord *next_stage(PyObject *stages, Py_ssize_t *index)
 
 static PyObject *last_stages(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "last_stages() takes a step and the streams that need not be asked");
+        return NULL;
+    }
     PyObject *last = PyDict_New(); /* first: to make it may let others run, who let go of the stages */
-    PyObject *stages = last != NULL && count == 2 ? stages_of(args[0]) : NULL;
+    PyObject *stages = last == NULL ? NULL : stages_of(args[0]);
     Py_ssize_t index = 0;
     StageRecord *stage;
     while (stages != NULL && (stage = next_stage(stages, &index)) != NULL) {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from otel_npu.drops import Drops
+from otel_npu.ids import new_bytes
 from otel_npu.relay.assembler import Assembler
 from otel_npu.relay.client import Client
 from otel_npu.relay.joiner import Joiner
@@ -99,7 +99,7 @@ class Follower:
     def _step(self, client: Client, frame: frames.Step) -> None:
         """A step: where spans are wanted it is a trace, whatever was decided when it began."""
         if self._put is not None:
-            span_id = frame.span_id or os.urandom(8)
+            span_id = frame.span_id or new_bytes(8)
             # As its engine's is, so that they are of one trace.
             trace_id = frame.trace_id or (frame.parent_span_id or span_id) * 2
             frame = msgspec.structs.replace(frame, kept=True, trace_id=trace_id, span_id=span_id)

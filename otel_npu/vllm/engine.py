@@ -197,6 +197,9 @@ class EngineSteps(EngineRecord):
         return call
 
     def _around_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        if native is not None:
+            return native.around_schedule(schedule, tracing.guarded(self._scheduled), self)  # type: ignore[no-any-return]
+
         def call(*args: Any, **kwargs: Any) -> Any:
             opened_ns = perf_counter_ns()
             output = schedule(*args, **kwargs)
@@ -206,8 +209,6 @@ class EngineSteps(EngineRecord):
                 tracing.fault()
             return output
 
-        if native is not None:
-            return native.around_schedule(schedule, tracing.guarded(self._scheduled), self)  # type: ignore[no-any-return]
         return call
 
     def _around_update(self, update_from_output: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import pytest
 
 import otel_npu
 from otel_npu.capture import records, resolver, switch
+from otel_npu.capture.stages import Stage
 from otel_npu.interrupts import from_outside
 from otel_npu.native import native
 from tests.faults.effort import times
@@ -113,6 +114,29 @@ def test_an_exception_is_the_programs_if_a_handler_raised_it() -> None:
         fault()
     assert not from_outside(ours.value)
     assert from_outside(KeyboardInterrupt())
+
+
+def test_a_step_in_which_another_thread_begins_a_stage_meanwhile_is_not_done(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = captured.recorder.local.thread
+    thread.busy = True  # nobody else resolves it
+    captured.stage("forward")
+    captured.clock.ns += 100 * MILLISECOND
+    (step,) = thread.pending
+    begun = records.new_stage(Stage, captured.recorder, "begun", {})
+    begun.pair, begun.exited_ns = None, 0
+
+    def abandoned(*_: object) -> bool:
+        step.stages.append(begun)
+        return True
+
+    step.stages[0].exited_ns = 0
+    monkeypatch.setattr(resolver, "abandoned", abandoned)
+    assert not resolver._done(step, set(), captured.recorder.drops)
+    step.stages.remove(begun)
+    assert resolver._done(step, set(), captured.recorder.drops)
+    thread.busy = False
 
 
 def test_a_step_that_nobody_holds_any_more_is_closed(captured: Captured) -> None:

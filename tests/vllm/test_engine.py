@@ -249,6 +249,22 @@ def test_where_the_worker_is_in_the_same_process_the_last_step_of_a_request_wait
     monkeypatch.undo()
 
 
+def test_while_others_run_the_end_of_a_request_leaves_with_the_steps_to_come(
+    captured: Captured, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured.recorder.idle, "resolve", lambda: None)
+    monkeypatch.setattr(captured.recorder.channel, "drain", lambda: None)
+    for name in "ab":
+        scheduler.add_request(request(name))
+    output = scheduler.schedule({"a": 4, "b": 4})
+    scheduler.update_from_output(output, {"a": (1, "length"), "b": (1, None)})
+    assert captured.recorder.channel.deferred
+    output = scheduler.schedule({"b": 1})
+    scheduler.update_from_output(output, {"b": (1, "length")})
+    assert not captured.recorder.channel.deferred
+    monkeypatch.undo()
+
+
 def test_an_aborted_request_is_told_with_the_next_step_even_without_tokens(
     captured: Captured, scheduler: Scheduler
 ) -> None:
